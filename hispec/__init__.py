@@ -1,0 +1,42 @@
+"""hispec: hierarchical self-speculative decoding for Llama models, losslessly.
+
+Importing this package is free: torch and transformers are loaded when a name that needs them is
+first used, so that ``hispec --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# public name -> the module it lives in
+_LAZY = {
+    "load": "hispec.generation",
+    "generate": "hispec.generation",
+    "stream": "hispec.generation",
+    "open_checkpoint": "hispec.model.checkpoint",
+    "HispecError": "hispec.errors",
+    "UsageError": "hispec.errors",
+    "CheckpointError": "hispec.errors",
+}
+
+__all__ = ["__version__", *_LAZY]
+
+if TYPE_CHECKING:
+    from hispec.errors import CheckpointError, HispecError, UsageError
+    from hispec.generation import generate, load, stream
+    from hispec.model.checkpoint import open_checkpoint
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'hispec' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

@@ -1,0 +1,1 @@
+"""The Llama model, its checkpoint, its cache and its exits."""
