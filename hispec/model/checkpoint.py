@@ -127,10 +127,15 @@ class Checkpoint:
         Raises:
             CheckpointError: If the tokenizer files are missing or damaged.
         """
+        tokenizer_class: Any
         if (self.path / "tokenizer.json").exists():
-            from transformers import PreTrainedTokenizerFast as tokenizer_class
+            from transformers import PreTrainedTokenizerFast
+
+            tokenizer_class = PreTrainedTokenizerFast
         else:
-            from transformers import AutoTokenizer as tokenizer_class
+            from transformers import AutoTokenizer
+
+            tokenizer_class = AutoTokenizer
         try:
             return tokenizer_class.from_pretrained(str(self.path))
         except Exception as error:  # tokenizers raises bare Exception for a damaged file
@@ -243,11 +248,13 @@ def _local_folder(name: str, revision: str | None) -> Path:
             f"{name} is a single file; give the folder it lies in (with config.json beside it) or "
             "a .gguf file."
         )
-    if name in bundled.MODELS:
-        return bundled.model_folder(name)
+    if name.lower() in bundled.MODELS:
+        return bundled.model_folder(name.lower())
     if _HUB_ID.fullmatch(name):
         return _hub_folder(name, revision)
-    near = difflib.get_close_matches(name, list(bundled.MODELS), n=1)
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise CheckpointError(f"There is no folder {name}: check the path.")
+    near = difflib.get_close_matches(name.lower(), list(bundled.MODELS), n=1)
     hint = f"did you mean {near[0]}?" if near else f"or use {', '.join(bundled.MODELS)}."
     raise CheckpointError(
         f"There is no model {name!r}: give a folder, a .gguf file or a hub id such as "

@@ -16,6 +16,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import struct
 import sys
 from collections.abc import Iterable
@@ -27,7 +28,7 @@ import torch
 
 from hispec.errors import CheckpointError
 from hispec.model.config import ModelConfig
-from hispec.model.store import build_once, cache_dir
+from hispec.model.store import build_once, cache_dir, require_space
 from hispec.model.tensorfile import TensorFile, write_tensors
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 # Raised when the conversion changes, so that folders made by an older one are left alone.
 CONVERTER_VERSION = 1
 MAX_FLOAT32_BYTES = 4 << 30
+TOKENIZER_BYTES = 32 << 20  # more than any Llama's; Llama 3's takes 17 MB
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -70,15 +72,10 @@ def convert_cached(path: Path, *, sha256: str | None = None) -> Path:
     """
     if sha256 is None:
         sha256 = _remembered_sha256(path)
-    folder = converted_folder(sha256)
     return build_once(
-        folder,
+        converted_folder(sha256),
         lambda temporary: convert(path, temporary),
         is_whole=is_whole,
-        # 4-bit weights to float32 is the largest factor; more is asked for once tensors are known
-        need_bytes=min(8 * path.stat().st_size, MAX_FLOAT32_BYTES + (1 << 30))
-        if path.exists()
-        else 0,
         label=f"the converted {path.name}",
     )
 
@@ -161,6 +158,8 @@ def convert(path: Path, folder: Path) -> None:
         return tensor.to(dtypes[hf_name])
 
     specs = [(name, dtypes[name], shapes[name]) for name in sources]
+    num_bytes = sum(math.prod(shape) * dtype.itemsize for _, dtype, shape in specs)
+    require_space(folder, num_bytes + TOKENIZER_BYTES, f"the converted {path.name}")
     write_tensors(folder / "model.safetensors", specs, produce)
     if sys.stderr.isatty():
         print(file=sys.stderr)
@@ -382,7 +381,13 @@ def _write_tokenizer(path: Path, fields: _Fields, folder: Path) -> None:
                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
             ]
         )
-    tokenizer.save_pretrained(folder)
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # the Rust side wraps a full disk in a bare Exception
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
     # Temporary paths and flags of this call do not belong into the result.
     settings_path = folder / "tokenizer_config.json"
     settings = json.loads(settings_path.read_bytes())

@@ -34,7 +34,6 @@ def build_once(
     build: Callable[[Path], None],
     *,
     is_whole: Callable[[Path], bool],
-    need_bytes: int,
     label: str,
 ) -> Path:
     """``folder`` exists and is whole, built by this process or an earlier one.
@@ -43,7 +42,6 @@ def build_once(
         folder: Where the result belongs; its parents are created.
         build: Fills an empty folder; runs at most once at a time on this machine.
         is_whole: Whether a finished folder can be used; a damaged one is built again.
-        need_bytes: What the result takes, checked against the free space before building.
         label: What is being built, for messages.
 
     Raises:
@@ -51,7 +49,7 @@ def build_once(
     """
     if is_whole(folder):
         return folder
-    with writing(folder.parent, need_bytes, label), _locked(folder, label):
+    with writing(folder.parent, label), _locked(folder, label):
         if is_whole(folder):  # another process was faster
             return folder
         for torn in folder.parent.glob(f".{folder.name}.*.part"):
@@ -68,23 +66,36 @@ def build_once(
     return folder
 
 
+def require_space(folder: Path, num_bytes: int, label: str) -> None:
+    """The disk of an existing folder has room for ``num_bytes`` more.
+
+    Raises:
+        CheckpointError: If it has not.
+    """
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < num_bytes:
+        raise CheckpointError(
+            f"Not enough disk space for {label}: it takes {num_bytes / 1e6:,.0f} MB and {folder} "
+            f"has {free_bytes / 1e6:,.0f} MB; free some or set HISPEC_HOME to another disk."
+        )
+
+
 @contextmanager
-def writing(folder: Path, need_bytes: int, label: str) -> Iterator[None]:
-    """Inside, ``folder`` exists with room for ``need_bytes``; disk trouble becomes one sentence."""
+def writing(folder: Path, label: str) -> Iterator[None]:
+    """Inside, ``folder`` exists; trouble with its disk becomes one sentence.
+
+    Raises:
+        CheckpointError: If the folder cannot be written or its disk fills up.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        free_bytes = shutil.disk_usage(folder).free
-        if free_bytes < need_bytes:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise CheckpointError(
-                f"Not enough disk space for {label}: it takes {_megabytes(need_bytes)} in {folder}; "
-                "free some or set HISPEC_HOME to a folder on another disk."
+                f"The disk of {folder} is full, so {label} could not be written: free some space "
+                "or set HISPEC_HOME to another disk."
             ) from error
-        if error.filename is not None and not _inside(error.filename, folder):
-            raise  # not about the cache
         raise CheckpointError(
             f"The cache folder {folder} cannot be written ({error.strerror or error}): make it "
             "writable or set HISPEC_HOME to a folder of yours."
@@ -100,21 +111,9 @@ def _locked(folder: Path, label: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0.5)
     except Timeout:
-        print(f"Waiting for another process that is working on {label}.", file=sys.stderr)
+        print(f"Waiting for another process that works on {label} ...", file=sys.stderr)
         lock.acquire()
     try:
         yield
     finally:
         lock.release()
-
-
-def _inside(path: str | bytes | int, folder: Path) -> bool:
-    parents = (folder, *folder.parents)
-    return not isinstance(path, int) and (
-        Path(os.fsdecode(path)).absolute() in parents
-        or folder in Path(os.fsdecode(path)).absolute().parents
-    )
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 1e6:,.0f} MB"

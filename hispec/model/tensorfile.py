@@ -97,7 +97,7 @@ class TensorFile:
             try:
                 with open(self.path, "rb") as file:
                     file.seek(entry.start)
-                    count = file.readinto(memoryview(data.numpy()))
+                    count = file.readinto(data.numpy().data)
             except OSError as error:
                 reason = error.strerror or str(error)
                 raise CheckpointError(f"Cannot read {name} from {self.path}: {reason}.") from error
@@ -163,7 +163,7 @@ def write_tensors(
         for name, dtype, shape in specs:
             tensor = produce(name)
             assert tensor.dtype == dtype and tuple(tensor.shape) == shape, name
-            file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         file.flush()
         os.fsync(file.fileno())  # a rename must never overtake the data
 
