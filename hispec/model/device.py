@@ -1,0 +1,65 @@
+"""Which device and dtype a name stands for here, and why."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from hispec.errors import UsageError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Choice(NamedTuple):
+    """A device and a dtype, with the reason for each."""
+
+    device: torch.device
+    dtype: torch.dtype
+    reason: str
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns ``bf16``, ``fp16`` or ``fp32``."""
+    return next(name for name, value in DTYPES.items() if value is dtype)
+
+
+def choose(device: str = "auto", dtype: str = "auto") -> Choice:
+    """Returns what ``--device`` and ``--dtype`` mean on this machine.
+
+    Raises:
+        UsageError: an unknown name, a device that is not there, a dtype it cannot compute in.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"unknown device {device!r}. Use auto, cpu or cuda.")
+    if dtype not in ("auto", *DTYPES):
+        raise UsageError(f"unknown dtype {dtype!r}. Use auto, {', '.join(DTYPES)}.")
+    has_cuda = torch.cuda.is_available()
+    if device == "cuda" and not has_cuda:
+        built = "" if torch.version.cuda else " and this torch is built without CUDA"
+        raise UsageError(f"no CUDA device is visible{built}. Use --device cpu.")
+    if device == "cuda" or (device == "auto" and has_cuda):
+        place, where = torch.device("cuda"), "a CUDA device is there"
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        automatic = torch.bfloat16 if native else torch.float16
+        why = "bf16 is native" if native else "it has no native bf16"
+    else:
+        place = torch.device("cpu")
+        where = "asked for" if device == "cpu" else "no CUDA device is visible"
+        native = cpu_has_bf16()
+        automatic = torch.bfloat16 if native else torch.float32
+        why = "this CPU multiplies bf16" if native else "this CPU has no bf16 arithmetic"
+    if dtype == "auto":
+        return Choice(place, automatic, f"{where}; {why}")
+    chosen = DTYPES[dtype]
+    if chosen is torch.float16 and place.type == "cpu":
+        raise UsageError("fp16 needs a CUDA device. Use bf16 or fp32 on a CPU.")
+    return Choice(place, chosen, f"{where}; dtype asked for")
+
+
+def cpu_has_bf16() -> bool:
+    """Returns whether this CPU has bf16 dot products (AVX-512 BF16 or AMX), not an emulation."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

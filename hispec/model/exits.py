@@ -1,0 +1,286 @@
+"""Exit heads: from the states after ``layers[0:e]`` to logits, and the folder they are kept in.
+
+A head is at most four steps, each left out where its tensors are missing:
+
+    u = states after layer e                        (T, D)
+    x = proj u + bias                               an affine map
+    x = block(x)                                    one Llama block with keys and values of its own
+    logits = rms(x, norm) head[vocab_ids]ᵀ          the model's own head, all rows or the frequent ones
+
+A checkpoint trained the LayerSkip way needs none of them: ``SharedHead`` is norm and head as they
+are. A head with a block keeps its keys and values under the cache's positions and catches up, when
+it is next asked, on the positions that passed its exit without it.
+
+*Deep context.* Positions before the root have been through the whole model, so their final states
+are known. A block trained for it reads its keys and values there from those states and only at the
+root and the drafts from the exit's: it sees what the target has concluded about the past.
+
+Heads only draft: nothing they compute reaches the output.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hispec.errors import CheckpointError, UsageError
+from hispec.hierarchy import Hierarchy
+from hispec.model.cache import Cache, KVCache
+from hispec.model.checkpoint import Checkpoint
+from hispec.model.linear import Linear
+from hispec.model.llama import PREFILL_CHUNK, Block, Llama, read_block
+from hispec.model.tensorfile import TensorFile
+from hispec_kernels import rms_norm
+
+FORMAT = "hispec-exits"
+
+
+class ExitHead(Protocol):
+    """What the engine asks of a head.
+
+    Attributes:
+        exit_layer: e.
+        vocab_ids: (V_r,) ids of the logits' columns, or None where the columns are the ids.
+    """
+
+    exit_layer: int
+    vocab_ids: Tensor | None
+
+    def logits(self, cache: Cache, first: int, root: int) -> Tensor:
+        """Returns logits after the positions ``first`` … ``cache.computed[exit_layer] - 1``.
+
+        Args:
+            cache: holds this exit's states.
+            first: absolute position of the first row wanted.
+            root: absolute position of the round's root; positions before it are final.
+
+        Returns:
+            (T, V) or (T, V_r).
+        """
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forgets what the head itself stored at and past ``length``."""
+        ...
+
+
+class SharedHead:
+    """The model's own norm and vocabulary head at an exit (LayerSkip)."""
+
+    vocab_ids: Tensor | None = None
+
+    def __init__(self, model: Llama, exit_layer: int) -> None:
+        self.model = model
+        self.exit_layer = exit_layer
+
+    def logits(self, cache: Cache, first: int, root: int) -> Tensor:
+        """See :class:`ExitHead`."""
+        return self.model.logits(
+            cache.states[self.exit_layer][first : cache.computed[self.exit_layer]]
+        )
+
+    def truncate(self, length: int) -> None:
+        """Nothing is stored."""
+
+
+class TrainedHead:
+    """A head with weights of its own; see the module's text for the mathematics.
+
+    Args:
+        model: the model whose exit it is.
+        exit_layer: e.
+        tensors: by the names of the exits folder.
+        head_rows: returns rows of the model's vocabulary head, (V_r, D), by id.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        exit_layer: int,
+        tensors: Mapping[str, Tensor],
+        head_rows: Callable[[Tensor], Tensor],
+    ) -> None:
+        self.model = model
+        self.exit_layer = exit_layer
+
+        def read(name: str) -> Tensor:
+            return tensors[name].to(device=model.device, dtype=model.dtype)
+
+        self.proj = (
+            Linear(read("proj.weight"), read("proj.bias") if "proj.bias" in tensors else None)
+            if "proj.weight" in tensors
+            else None
+        )
+        self.norm = read("norm.weight") if "norm.weight" in tensors else model.norm
+        self.vocab_ids: Tensor | None = None
+        self.head = model.head
+        if "vocab_ids" in tensors:
+            self.vocab_ids = tensors["vocab_ids"].to(device=model.device, dtype=torch.int64)
+            self.head = Linear(head_rows(self.vocab_ids))
+        self.block: Block | None = None
+        self.context: _DeepContext | None = None
+        self.kv: KVCache | None = None
+        self.known = 0  # positions in kv
+        self.final = 0  # of these, leading ones made from final states
+        if "block.self_attn.q_proj.weight" in tensors:
+            self.block = read_block(read, "block.", model.config)
+            if "block.context_k_proj.weight" in tensors:
+                self.context = _DeepContext(model, read)
+
+    def logits(self, cache: Cache, first: int, root: int) -> Tensor:
+        """See :class:`ExitHead`. A block first catches up on what it has not seen."""
+        states = cache.states[self.exit_layer]
+        end = cache.computed[self.exit_layer]
+        if self.block is None:
+            x = self._project(states[first:end])
+        else:
+            x = self._through_block(cache, states, first, end, root)
+        return self.head(rms_norm(x, self.norm, self.model.config.rms_norm_eps))
+
+    def truncate(self, length: int) -> None:
+        """See :class:`ExitHead`."""
+        self.known = min(self.known, length)
+        self.final = min(self.final, length)
+
+    def _project(self, u: Tensor) -> Tensor:
+        return u if self.proj is None else self.proj(u)
+
+    def _through_block(
+        self, cache: Cache, states: Tensor, first: int, end: int, root: int
+    ) -> Tensor:
+        """Returns the block's output at ``first`` … ``end - 1``, its KV complete up to ``end``."""
+        model, block = self.model, self.block
+        assert block is not None
+        if self.kv is None:
+            config = model.config
+            self.kv = KVCache(
+                1, config.num_kv_heads, config.head_dim, model.capacity, model.dtype, model.device
+            )
+        keys, values = self.kv.keys[0], self.kv.values[0]
+        if self.context is not None:
+            final = min(root, cache.length)
+            if self.final < final:
+                self.context.write(cache, self.final, final, keys, values)
+                self.final = final
+        start = min(max(self.known, self.final), first)
+        while end - start > PREFILL_CHUNK:  # a prompt it has not seen
+            stop = min(first, start + PREFILL_CHUNK)
+            x = self._project(states[start:stop])
+            model.run_block(block, x, model.describe(start, stop - start), keys, values)
+            start = stop
+        x = self._project(states[start:end])
+        x = model.run_block(block, x, model.describe(start, end - start), keys, values)
+        self.known = end
+        return x[first - start :]
+
+
+class _DeepContext:
+    """Keys and values from final states."""
+
+    def __init__(self, model: Llama, read: Callable[[str], Tensor]) -> None:
+        self.model = model
+        self.norm = read("block.context_layernorm.weight")
+        self.kv = Linear(
+            torch.cat([read("block.context_k_proj.weight"), read("block.context_v_proj.weight")])
+        )
+
+    def write(self, cache: Cache, start: int, end: int, keys: Tensor, values: Tensor) -> None:
+        """After the call ``keys`` and ``values`` at ``start`` … ``end - 1`` are those of final states."""
+        config = self.model.config
+        deep = cache.states[config.num_layers][start:end]
+        kv = self.kv(rms_norm(deep, self.norm, config.rms_norm_eps))
+        self.model.write_context(kv, start, keys, values)
+
+
+@dataclass(frozen=True)
+class Exits:
+    """A folder of trained exits: what its ``config.json`` says.
+
+    Attributes:
+        path: the folder.
+        base: ``model``, ``revision`` and ``fingerprint`` of the checkpoint they were trained on.
+        exit_layers: ascending.
+        best: hierarchies measured best with these exits, by preset name.
+        record: the whole document.
+    """
+
+    path: Path
+    base: Mapping[str, Any]
+    exit_layers: tuple[int, ...]
+    best: Mapping[str, Hierarchy]
+    record: Mapping[str, Any]
+
+    @staticmethod
+    def open(path: Path) -> Exits:
+        """Returns the folder's record.
+
+        Raises:
+            UsageError: there is no such folder, or it holds no exits.
+            CheckpointError: its config is damaged.
+        """
+        config = path / "config.json"
+        if not config.is_file():
+            raise UsageError(
+                f"no exits in {path}: it has no config.json. Give a folder that hispec train wrote."
+            )
+        try:
+            record = json.loads(config.read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{config} cannot be read: {error}.") from None
+        if not isinstance(record, dict) or record.get("format") != FORMAT:
+            raise UsageError(f"{config} does not describe exits (format {FORMAT!r} expected).")
+        try:
+            layers = tuple(sorted(int(x["exit_layer"]) for x in record["exits"]))
+            best = {
+                name: Hierarchy.from_json(value, name)
+                for name, value in record.get("hierarchies", {}).items()
+            }
+            return Exits(path, dict(record["base"]), layers, best, record)
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{config} is damaged: {error}.") from None
+
+    def check_base(self, checkpoint: Checkpoint, *, force: bool = False) -> None:
+        """Raises ``UsageError`` if these exits belong to other weights, unless forced."""
+        wanted = self.base.get("fingerprint")
+        if wanted != checkpoint.fingerprint and not force:
+            raise UsageError(
+                f"the exits in {self.path} were trained on {self.base.get('model')} "
+                f"(weights {str(wanted)[:12]}), not on {checkpoint.name} "
+                f"(weights {checkpoint.fingerprint[:12]}). Use that model, or train exits for this one."
+            )
+
+    def head(self, exit_layer: int, model: Llama, checkpoint: Checkpoint) -> TrainedHead:
+        """Returns the head at one of ``exit_layers``.
+
+        Raises:
+            CheckpointError: its file is missing, damaged, or does not fit the model.
+        """
+        file = TensorFile(self.path / f"exit_{exit_layer}.safetensors")
+        tensors = {name: file.read(name) for name in file.entries}
+        tied = model.config.tie_word_embeddings
+
+        def head_rows(ids: Tensor) -> Tensor:
+            if tied:
+                return model.embedding[ids]
+            rows = checkpoint.tensor("lm_head.weight")[ids.cpu()]
+            return rows.to(device=model.device, dtype=model.dtype)
+
+        try:
+            return TrainedHead(model, exit_layer, tensors, head_rows)
+        except (KeyError, IndexError, RuntimeError) as error:
+            raise CheckpointError(f"{file.path} does not fit this model: {error}.") from None
+
+
+def shipped_exits(checkpoint: Checkpoint) -> Exits | None:
+    """Returns the exits that come with hispec for these very weights, or None."""
+    for config in sorted((Path(__file__).parent.parent / "exits").glob("*/config.json")):
+        exits = Exits.open(config.parent)
+        if exits.base.get("fingerprint") == checkpoint.fingerprint:
+            return exits
+    return None

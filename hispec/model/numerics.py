@@ -1,0 +1,129 @@
+"""The width class: the pass widths at which a row rounds the same, found by trying.
+
+Matrix products choose their kernels by shape. On the CPUs we measured, every width from 2 rows up
+gives a row the same bits and only the single row takes another path, so plain decoding pads its one
+row to two. That is a property of a library on a machine, not a law: :func:`find_min_width` runs one
+block and the head at every width and takes what it sees.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hispec.errors import HispecError
+from hispec.model.llama import MAX_WIDTH, Llama
+from hispec.model.store import cache_dir
+
+
+def find_min_width(model: Llama) -> int:
+    """Returns the least width from which on all widths to ``MAX_WIDTH`` agree bit for bit.
+
+    Compares the first block and the vocabulary head on random rows, each width at several places
+    among the rows of the widest pass.
+
+    Raises:
+        HispecError: not even two neighbouring widths agree, so exact numerics cannot be had here.
+    """
+    keep, model.min_width = model.min_width, 1
+    try:
+        generator = torch.Generator().manual_seed(0)
+        shape = (MAX_WIDTH, model.config.hidden_size)
+        rows = torch.randn(shape, generator=generator).to(model.device, model.dtype)
+        reference = _results(model, rows, 0)
+        agree = 0
+        for width in range(MAX_WIDTH - 1, 0, -1):
+            for first in sorted({0, (MAX_WIDTH - width) // 2, MAX_WIDTH - width}):
+                found = _results(model, rows[first : first + width], first)
+                if any(
+                    not torch.equal(a, b[first : first + width])
+                    for a, b in zip(found, reference, strict=True)
+                ):
+                    if agree == 0:
+                        raise HispecError(
+                            f"no two pass widths round alike for {model.dtype} on "
+                            f"{model.device}, so exact numerics are not to be had here: "
+                            f"use --numerics fast or another --dtype."
+                        )
+                    return agree
+            agree = width
+        return agree
+    finally:
+        model.min_width = keep
+
+
+def _results(model: Llama, rows: Tensor, position: int) -> tuple[Tensor, Tensor]:
+    """The states and logits of ``rows`` behind a fixed context, at their own positions."""
+    kv = model.new_cache((model.config.num_layers,)).kv
+    generator = torch.Generator().manual_seed(1)
+    for past in (kv.keys[0], kv.values[0]):
+        noise = torch.randn(past[:, : 64 + MAX_WIDTH].shape, generator=generator)
+        past[:, : 64 + MAX_WIDTH] = noise.to(model.device, model.dtype)
+    # Keys of the rows to the left of ours within the wide pass: computed as the wide pass does.
+    whole = torch.randn(
+        (MAX_WIDTH, model.config.hidden_size), generator=torch.Generator().manual_seed(0)
+    ).to(model.device, model.dtype)
+    if position:
+        model.run_layers(whole, 0, 1, 64, kv)
+    states = model.run_layers(rows, 0, 1, 64 + position, kv)
+    return states, model.logits(rows)
+
+
+def cached_min_width(model: Llama) -> int:
+    """Returns :func:`find_min_width`'s answer, remembered per machine, library, dtype and shape."""
+    config = model.config
+    key = "|".join(
+        str(part)
+        for part in (
+            torch.__version__,
+            platform.machine(),
+            _processor(),
+            torch.get_num_threads(),
+            model.device.type if model.device.type == "cpu" else torch.cuda.get_device_name(),
+            model.dtype,
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.vocab_size,
+            MAX_WIDTH,
+        )
+    )
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = cache_dir() / "numerics" / f"{name}.json"
+    try:
+        return int(json.loads(path.read_text())["min_width"])
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # not measured yet, or damaged: measure
+    width = find_min_width(model)
+    _remember(path, {"min_width": width, "measured_for": key})
+    return width
+
+
+def _remember(path: Path, record: dict) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump(record, file)
+        os.replace(temporary, path)
+    except OSError:
+        pass  # an unwritable cache costs a quarter of a second at the next start, nothing else
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name") or line.startswith("stepping"):
+                return line
+    except OSError:
+        pass
+    return platform.processor()
