@@ -369,8 +369,9 @@ def _write_tokenizer(path: Path, fields: _Fields, folder: Path) -> None:
     logging.set_verbosity_error()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
-    except (*_PARSE_ERRORS, OSError) as error:
-        raise CheckpointError(f"The tokenizer in {path} cannot be read: {error}.") from error
+    except Exception as error:  # tokenizers raises bare Exceptions
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise CheckpointError(f"The tokenizer in {path} cannot be read: {reason}.") from error
     finally:
         logging.set_verbosity(level)
     # transformers falls back to GPT-2's splitting where it does not know the file's own

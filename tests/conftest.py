@@ -1,0 +1,43 @@
+"""Fixtures shared by all tests; what they build with is in ``helpers``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
+
+import pytest
+import torch
+from helpers.tiny_llama import save_tiny_llama
+
+if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny random Llama: GQA, untied head. Do not change it."""
+    folder = tmp_path_factory.mktemp("tiny") / "llama"
+    save_tiny_llama(folder)
+    return folder
+
+
+@pytest.fixture
+def make_llama(tmp_path: Path) -> Callable[..., Path]:
+    """Saves a fresh tiny Llama with the given config changes and returns its folder."""
+
+    def make(name: str = "llama", **config: Any) -> Path:
+        save_tiny_llama(tmp_path / name, **config)
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder that replaces the user's own."""
+    monkeypatch.setenv("HISPEC_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
