@@ -57,7 +57,7 @@ def model_folder(alias: str) -> Path:
         CheckpointError: If the file cannot be fetched, is not the one that is pinned, or the cache
             cannot be written.
     """
-    from hispec.model.gguf import convert_cached, converted_folder, file_sha256, is_whole
+    from hispec.model.converted import convert_cached, converted_folder, file_sha256, is_whole
 
     model = MODELS[alias]
     folder = converted_folder(model.sha256)

@@ -238,7 +238,7 @@ def _local_folder(name: str, revision: str | None) -> Path:
     if path.is_dir():
         return path.absolute()
     if path.suffix.lower() == ".gguf":
-        from hispec.model.gguf import convert_cached
+        from hispec.model.converted import convert_cached
 
         if not path.is_file():
             raise CheckpointError(f"There is no file {name}: check the path.")

@@ -21,7 +21,7 @@ from helpers.gguf_files import dequantized, write_gguf
 from helpers.tiny_llama import TINY, byte_tokenizer, save_tiny_llama
 
 from hispec.errors import CheckpointError, HispecError
-from hispec.model import bundled, gguf, store
+from hispec.model import bundled, converted, gguf, store
 from hispec.model.checkpoint import cache_dir, expected_shapes, open_checkpoint
 from hispec.model.tensorfile import TensorFile, write_tensors
 
@@ -375,6 +375,24 @@ def test_transformers_reads_the_converted_folder(tmp_path: Path, cache_home: Pat
     assert loaded.generation_config.eos_token_id == TINY["eos_token_id"]
 
 
+@pytest.mark.parametrize(
+    ("pre", "pieces"),
+    [
+        ("smollm", ["in", "Ġ", "2", "0", "2", "4"]),
+        ("llama-bpe", ["in", "Ġ", "202", "4"]),
+        ("default", ["in", "Ġ2024"]),
+    ],
+)
+def test_gguf_splits_text_as_the_model_learned(
+    pre: str, pieces: list[str], tmp_path: Path, cache_home: Path
+) -> None:
+    model = save_tiny_llama(tmp_path / "original", num_hidden_layers=1)
+    write_gguf(tmp_path / "model.gguf", model, byte_tokenizer(), pre=pre)
+    backend = open_checkpoint(tmp_path / "model.gguf").tokenizer.backend_tokenizer
+    split = backend.pre_tokenizer.pre_tokenize_str("in 2024")
+    assert [piece for piece, _ in split] == pieces
+
+
 def llama3_rope_freqs(factor: float, head_dim: int, theta: float) -> np.ndarray:
     """The divisors llama.cpp's converter stores, in its own words."""
     values = []
@@ -603,7 +621,7 @@ def tiny_alias(tmp_path: Path, cache_home: Path, monkeypatch) -> bundled.Bundled
         requirement="tiny-bundled==1.0",
         package="tiny_bundled",
         file="tiny.gguf",
-        sha256=gguf.file_sha256(package / "tiny.gguf"),
+        sha256=converted.file_sha256(package / "tiny.gguf"),
         num_bytes=(package / "tiny.gguf").stat().st_size,
     )
     monkeypatch.setattr(bundled, "MODELS", {"smollm2-135m": entry})

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 RANKS = {
     "errors": 0,
     "hierarchy": 1,  # a plain description; exits and engine read it
+    "text": 1,
     "model": 2,
     "sampling": 3,
     "sources": 3,
