@@ -141,6 +141,14 @@ class Llama:
             self.device,
         )
 
+    def weight_bytes(self) -> int:
+        """Returns the bytes the weights take; embedding and head count apart, as they are stored."""
+        config = self.config
+        heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+        block = config.hidden_size * (heads + 3 * config.intermediate_size + 2)
+        vocabulary = 2 * config.vocab_size * config.hidden_size
+        return (config.num_layers * block + vocabulary) * self.dtype.itemsize
+
     # ------------------------------------------------------------------ passes
 
     def advance(self, cache: Cache, tokens: Sequence[int], upto: int, boundary: int) -> int:

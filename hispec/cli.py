@@ -1,0 +1,116 @@
+"""The command line: ``hispec COMMAND …``.
+
+stdout is the result, stderr everything else. A command's module is imported when the command is
+given, and torch when it does something, so that help and usage errors answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from hispec import __version__
+from hispec.errors import HispecError, UsageError
+
+#: command → (what it does, the module with ``add_arguments(parser)`` and ``main(args) -> int``)
+COMMANDS = {
+    "generate": ("answer a prompt", "hispec.commands.generate"),
+    "chat": ("talk to the model", "hispec.commands.chat"),
+    "bench": ("compare methods on prompts", "hispec.bench.command"),
+    "distill": ("let the model continue prompts: training data", "hispec_training.distill"),
+    "train": ("add exits to a model", "hispec_training.trainer"),
+    "doctor": ("show what is installed and what would be used", "hispec.commands.doctor"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises ``UsageError`` instead of printing usage, and suggests the option that was meant."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message}. See {self.prog} --help.")
+
+    def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Returns the parsed arguments; unknown options are errors with the nearest known one."""
+        args, unknown = self.parse_known_args(arguments)
+        if unknown:
+            options = [name for name in self._option_string_actions if name.startswith("--")]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], options, 1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise UsageError(f"unknown argument {unknown[0]}.{hint} See {self.prog} --help.")
+        return args
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code: 0, 1 (failed), 2 (usage), 130 (Ctrl-C)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    verbose = "-v" in arguments or "--verbose" in arguments
+    try:
+        return _dispatch(arguments)
+    except HispecError as error:
+        if verbose:
+            traceback.print_exc()
+        print(f"hispec: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nhispec: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader went away (head, less): not our error. Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if verbose:
+            traceback.print_exc()
+        text = str(error).strip().split("\n")[0]
+        print(f"hispec: {type(error).__name__}: {text} (-v shows where)", file=sys.stderr)
+        return 1
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"hispec {__version__}")
+        return 0
+    name = arguments[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UsageError(f"unknown command {name!r}.{hint} See hispec --help.")
+    summary, module_name = COMMANDS[name]
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        extra = {"bench": "bench", "distill": "train", "train": "train"}.get(name)
+        if extra is None or (error.name or "").startswith("hispec"):
+            raise
+        raise HispecError(
+            f"hispec {name} needs the package {error.name}: pip install 'hispec[{extra}]'."
+        ) from None
+    parser = Parser(prog=f"hispec {name}", description=summary.capitalize() + ".")
+    module.add_arguments(parser)
+    parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks")
+    return module.main(parser.parse_all(arguments[1:]))
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (text, _) in COMMANDS.items())
+    return (
+        "usage: hispec COMMAND [options]\n\n"
+        "Lossless, faster text generation from one Llama checkpoint.\n\n"
+        f"commands:\n{rows}\n\n"
+        "hispec COMMAND --help shows a command's options.\n"
+        'Start with: hispec generate --model smollm2-135m --prompt "Why is the sky blue?" --stats'
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""``hispec doctor``: what is installed, what would be used and why, whether exits look trained."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import sys
+
+from hispec import __version__
+
+_PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "triton", "peft",
+             "accelerate", "datasets")  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("--model", metavar="M", help="also load this model and try its exits")
+    parser.add_argument("--exits", metavar="DIR", help="trained exits (default: those shipped)")
+    parser.add_argument("--force-exits", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="auto", metavar="auto|bf16|fp16|fp32")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    parser.add_argument("--numerics", default="exact", help=argparse.SUPPRESS)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Prints the report; returns the exit code."""
+    _row("hispec", f"{__version__} on Python {platform.python_version()} ({sys.platform})")
+    _row("packages", ", ".join(f"{name} {_version(name)}" for name in _PACKAGES))
+
+    import torch
+
+    from hispec.model.device import choose, dtype_name
+    from hispec.model.linear import packing_available
+    from hispec.model.store import cache_dir
+
+    choice = choose(args.device, args.dtype)
+    _row("device", f"{choice.device.type}, {dtype_name(choice.dtype)} ({choice.reason})")
+    if choice.device.type == "cpu":
+        packed = packing_available(choice.device, choice.dtype)
+        _row("products", "packed for oneDNN" if packed else "plain F.linear: no packing here")
+        _row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
+    else:
+        _row("gpu", torch.cuda.get_device_name())
+    folder = cache_dir()
+    writable = os.access(next(p for p in (folder, *folder.parents) if p.exists()), os.W_OK)
+    _row("cache", f"{folder}{'' if writable else ' (not writable: set HISPEC_HOME)'}")
+    return _model_report(args) if args.model else 0
+
+
+def _model_report(args: argparse.Namespace) -> int:
+    from hispec.advice import break_even, costs, head_blocks
+    from hispec.commands.options import load_model
+    from hispec.hierarchy import eighth_and_quarter
+    from hispec.trial import agreement
+
+    lm = load_model(args)
+    config, model = lm.model.config, lm.model
+    _row("model", f"{lm.checkpoint.path}")
+    _row(
+        "sizes",
+        f"{config.num_layers} layers, hidden {config.hidden_size}, {config.num_heads} heads over "
+        f"{config.num_kv_heads}, vocabulary {config.vocab_size}, context {config.max_positions}",
+    )
+    weights = model.weight_bytes()
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    per_token = (per_token + config.hidden_size) * model.dtype.itemsize
+    _row(
+        "memory",
+        f"{weights / 2**20:.0f} MiB weights + {per_token / 2**10:.1f} KiB a token of context "
+        f"({per_token * config.max_positions / 2**20:.0f} MiB when full)",
+    )
+    _row("numerics", f"exact: passes of {model.min_width} rows and more round alike")
+    layers = lm.exits.exit_layers if lm.exits else eighth_and_quarter(config.num_layers)
+    _row("exits", f"{lm.exits.path}" if lm.exits else "none trained for these weights")
+    rates, tokens = agreement(lm, layers)
+    for layer in layers:
+        hierarchy = lm.hierarchy("layerskip")
+        single = type(hierarchy)((type(hierarchy.levels[0])(layer, 2),))
+        plain = config.num_layers + head_blocks(lm, config.num_layers)
+        needed = break_even(costs(lm, single), [2], plain)
+        state = "trained" if needed is not None and rates[layer] > needed else "untrained or weak"
+        limit = f"{needed:.0%}" if needed is not None else "over 100%"
+        _row(
+            f"  exit {layer}",
+            f"agrees with the target on {rates[layer]:.0%} of {tokens} tokens; drafting alone it "
+            f"pays above {limit}: looks {state}",
+        )
+    return 0
+
+
+def _row(name: str, text: str) -> None:
+    print(f"{name:<10} {text}")
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "-"
