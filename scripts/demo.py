@@ -1,63 +1,49 @@
-"""One prompt, answered twice with the command line: hierarchically, then plainly.
+"""One prompt, answered twice by one loaded model: with the hispec hierarchy, then plainly.
 
-Prints both speeds and whether the tokens are the same; they must be, or the exit code is 1.
+The first answer is streamed with its statistics. The second is only timed and compared: the tokens
+must be the same, or the exit code is 1. Usage: demo.py [PROMPT]
 """
 
 from __future__ import annotations
 
-import codecs
-import json
-import os
-import subprocess
 import sys
 
-PROMPT = (
-    "Rewrite this as a list of steps and explain each one: boil the water, add the pasta, stir it, "
-    "wait for nine minutes, drain the water and serve the pasta with tomato sauce."
-)
+import hispec
+from hispec.commands.options import print_stats
+
+MODEL = "smollm2-135m"
+MAX_NEW_TOKENS = 160
+PROMPT = "Write a Python function that returns the n-th Fibonacci number, and explain how it works."
 
 
-def answer(prompt: str, hierarchy: str, *, show: bool) -> dict:
-    """The JSON document of one ``hispec generate``; its text goes to stdout as it arrives."""
-    command = [sys.executable, "-m", "hispec.cli", "generate", "--model", "smollm2-135m"]
-    command += ["--hierarchy", hierarchy, "--prompt", prompt, "--max-new-tokens", "160"]
-    command += ["--json"] + (["--stats"] if show else [])
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=None if show else subprocess.PIPE,
-    )
-    decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode
-    line = ""  # the unfinished line; the last one is the JSON document and is not shown
-    while chunk := os.read(process.stdout.fileno(), 65536):
-        for piece in decode(chunk).splitlines(keepends=True):
-            held = line.startswith("{")
-            line += piece
-            if show and not held and not line.startswith("{"):
-                print(piece, end="", flush=True)
-            if line.endswith("\n"):
-                last, line = line, ""
-    _, errors = process.communicate()
-    if process.returncode:
-        sys.exit((errors or b"").decode().strip() or f"hispec generate --hierarchy {hierarchy} failed")
-    return json.loads(line or last)
-
-
-def main() -> None:
+def main() -> int:
     prompt = " ".join(sys.argv[1:]) or PROMPT
-    print(f"> {prompt}\n")
-    fast = answer(prompt, "hispec", show=True)
-    print("\nThe same with plain decoding ...", file=sys.stderr)
-    plain = answer(prompt, "ar", show=False)
-    same = fast["token_ids"] == plain["token_ids"]
+    print(f"Loading {MODEL} ...", file=sys.stderr)
+    lm = hispec.load(MODEL)
+    for hierarchy in ("hispec", "ar"):  # every shape once, so that neither answer pays for it
+        hispec.generate(lm, prompt, hierarchy=hierarchy, max_new_tokens=8)
+
+    print(f"\n$ hispec generate --model {MODEL} --hierarchy hispec --stats --prompt {prompt!r}\n")
+    stream = hispec.stream(lm, prompt, hierarchy="hispec", max_new_tokens=MAX_NEW_TOKENS)
+    for piece in stream:
+        print(piece, end="", flush=True)
+    print("\n", flush=True)
+    print_stats(stream.result)
+    fast = stream.result
+    plain = hispec.generate(lm, prompt, hierarchy="ar", max_new_tokens=MAX_NEW_TOKENS)
+
+    same = fast.token_ids == plain.token_ids
     print(
-        f"\nhispec {fast['tok_per_s']:.1f} tok/s, plain decoding {plain['tok_per_s']:.1f} tok/s "
-        f"({fast['tok_per_s'] / plain['tok_per_s']:.2f}x), {len(plain['token_ids'])} tokens, "
-        f"{'the same' if same else 'NOT the same'}; {fast['dtype']} on {fast['device']}."
+        f"\nhispec {fast.tok_per_s:.1f} tok/s, plain decoding {plain.tok_per_s:.1f} tok/s "
+        f"({fast.tok_per_s / plain.tok_per_s:.2f}x): {plain.num_tokens} tokens, "
+        f"{'the same' if same else 'NOT the same'} ({fast.dtype}, {fast.device})."
     )
-    sys.exit(0 if same else 1)
+    return 0 if same else 1
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        sys.exit(main())
+    except hispec.HispecError as error:
+        print(f"demo: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -25,9 +25,12 @@ RANKS = {
     "tree": 3,
     "engine": 4,
     "generation": 5,
+    "advice": 6,
     "bench": 6,
     "hf": 6,
     "planner": 6,
+    "trial": 6,
+    "commands": 7,
     "cli": 7,
     "__main__": 8,
 }
@@ -75,8 +78,8 @@ def complaints(module: str, package: str, source: str) -> list[str]:
         elif top == "hispec":
             mine = module.split(".")[1] if "." in module else "__init__"
             if parts[0] == "hispec_training":
-                if mine != "cli" or not lazy:
-                    found.append(f"{module} imports {name}; only cli's functions may")
+                if mine not in ("cli", "commands") or not lazy:
+                    found.append(f"{module} imports {name}; only a command's functions may")
             elif parts[0] == "hispec" and len(parts) > 1 and parts[1] in RANKS:
                 if mine != "__init__" and RANKS[parts[1]] > RANKS[mine]:
                     found.append(f"{module} imports {name}, which stands above it")
