@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from hispec.engine import Decoder, LevelCounts
-from hispec.errors import UsageError
+from hispec.errors import HispecError, UsageError
 from hispec.hierarchy import Hierarchy, preset
 from hispec.model.cache import Cache
 from hispec.model.checkpoint import Checkpoint, open_checkpoint
@@ -122,6 +122,7 @@ class LM:
         self.eos = frozenset(checkpoint.eos_token_ids)
         self._cache: Cache | None = None
         self._known: list[int] = []  # the tokens whose keys and values the cache holds
+        self._stream: Stream | None = None  # the generation that is writing to the cache
         self._heads: dict[int, ExitHead] = {}
 
     def hierarchy(self, name: str | Hierarchy = "auto") -> Hierarchy:
@@ -260,6 +261,9 @@ class LM:
 class Stream:
     """One generation under way: iterate for text, read :attr:`result` at any time.
 
+    A stream is walked once; a second ``iter`` goes on where the first stopped. The model has one
+    cache, so starting a generation ends the one before: walking that on raises ``HispecError``.
+
     Attributes:
         result: what there is so far; complete once the iteration has ended.
     """
@@ -288,8 +292,12 @@ class Stream:
             device=lm.model.device.type,
             numerics="exact" if lm.model.exact else "fast",
         )
+        self._pieces = self._run()
 
     def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def _run(self) -> Iterator[str]:
         result, lm = self.result, self._lm
         try:
             for token in self._tokens():
@@ -313,14 +321,25 @@ class Stream:
                     result.text += piece
                     yield piece
         finally:
-            # Whatever ended the loop, the cache holds a prefix of what was emitted, and not the last
-            # token: where a round went further depends on the hierarchy and must not show.
-            lm._truncate(len(self._ids) + max(result.num_tokens - 1, 0))
+            self._settle()
+
+    def _settle(self) -> None:
+        """Leaves a prefix of what was emitted in the cache, and not the last token.
+
+        Where a round went further depends on the hierarchy and must not show, whatever ended it.
+        """
+        lm = self._lm
+        if lm._stream is self:
+            lm._stream = None
+            lm._truncate(len(self._ids) + max(self.result.num_tokens - 1, 0))
 
     def _tokens(self) -> Iterator[int]:
         """Yields tokens without end; keeps the counts."""
         result, lm = self.result, self._lm
         model = lm.model
+        if lm._stream is not None:  # left unfinished, and perhaps not yet collected
+            lm._stream._settle()
+        lm._stream = self
         started = time.perf_counter()
         with torch.inference_mode():
             cache = lm._prepare(self._ids, result.hierarchy, self._continued)
@@ -337,6 +356,11 @@ class Stream:
         yield first
         started = time.perf_counter()
         while True:
+            if lm._stream is not self:
+                raise HispecError(
+                    "another generation was started with this model, which ended this stream. "
+                    "Walk one stream to its end before the next, or load the model twice."
+                )
             with torch.inference_mode():
                 committed = decoder.round(self._limit - result.num_tokens)
             result.decode_s = time.perf_counter() - started
