@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -129,7 +129,11 @@ class TrainedHead:
         self.known = 0  # positions in kv
         self.final = 0  # of these, leading ones made from final states
         if "block.self_attn.q_proj.weight" in tensors:
-            self.block = read_block(read, "block.", model.config)
+            biases = {
+                "attention_bias": "block.self_attn.q_proj.bias" in tensors,
+                "mlp_bias": "block.mlp.gate_proj.bias" in tensors,
+            }  # the block's own, whatever the model's layers have
+            self.block = read_block(read, "block.", replace(model.config, **biases))
             if "block.context_k_proj.weight" in tensors:
                 self.context = _DeepContext(model, read)
 
