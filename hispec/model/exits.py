@@ -129,11 +129,12 @@ class TrainedHead:
         self.known = 0  # positions in kv
         self.final = 0  # of these, leading ones made from final states
         if "block.self_attn.q_proj.weight" in tensors:
-            biases = {
-                "attention_bias": "block.self_attn.q_proj.bias" in tensors,
-                "mlp_bias": "block.mlp.gate_proj.bias" in tensors,
-            }  # the block's own, whatever the model's layers have
-            self.block = read_block(read, "block.", replace(model.config, **biases))
+            config = replace(  # with the block's own biases, whatever the model's layers have
+                model.config,
+                attention_bias="block.self_attn.q_proj.bias" in tensors,
+                mlp_bias="block.mlp.gate_proj.bias" in tensors,
+            )
+            self.block = read_block(read, "block.", config)
             if "block.context_k_proj.weight" in tensors:
                 self.context = _DeepContext(model, read)
 
