@@ -7,8 +7,8 @@ transformers makes of the same file, in a few seconds and with one tensor in mem
 Float tensors keep their dtype. Quantized ones become float32, which holds every dequantized value
 exactly (scale times integer plus offset does not fit bfloat16's 8 bits), or bfloat16 where float32
 would pass 4 GiB: at that size disk and load time weigh more than bits far below the quantization
-step. Loading SmolLM2-135M as bfloat16 takes 0.3 to 0.5 s longer from float32 than from bfloat16 (one core,
-files in the page cache).
+step. Loading SmolLM2-135M as bfloat16 takes 0.3 to 0.5 s longer from float32 than from bfloat16
+(one core, files in the page cache).
 """
 
 from __future__ import annotations
