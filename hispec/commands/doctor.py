@@ -71,7 +71,10 @@ def _model_report(args: argparse.Namespace) -> int:
         f"{weights / 2**20:.0f} MiB weights + {per_token / 2**10:.1f} KiB a token of context "
         f"({per_token * config.max_positions / 2**20:.0f} MiB when full)",
     )
-    _row("numerics", f"exact: passes of {model.min_width} rows and more round alike")
+    why = model.why_not_native
+    _row("passes", "compiled" if why is None else f"torch, operator by operator ({why})")
+    least = model.wide.min_width
+    _row("numerics", f"exact: passes of {least} row{'s' * (least > 1)} and more round alike")
     layers = lm.exits.exit_layers if lm.exits else eighth_and_quarter(config.num_layers)
     _row("exits", f"{lm.exits.path}" if lm.exits else "none trained for these weights")
     rates, tokens = agreement(lm, layers)

@@ -49,6 +49,7 @@ class Cache:
     Args:
         boundaries: ascending layer numbers at which states are kept; the last is L.
         capacity: positions, padded by the caller to whole attention buckets.
+        state_dtype: of the hidden states; by default that of keys and values.
     """
 
     def __init__(
@@ -60,13 +61,15 @@ class Cache:
         capacity: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        state_dtype: torch.dtype | None = None,
     ) -> None:
         self.capacity = capacity
         self.kv = KVCache(boundaries[-1], kv_heads, head_dim, capacity, dtype, device)
         self.boundaries: list[int] = []
         self.states: dict[int, Tensor] = {}  # boundary → (S, D)
         self.computed: dict[int, int] = {}
-        self._state_spec = (hidden_size, dtype, device)
+        self._state_spec = (hidden_size, state_dtype or dtype, device)
         self.reset(boundaries)
 
     @property

@@ -82,14 +82,20 @@ class ModelConfig:
                 attention_bias=bool(raw.get("attention_bias", False)),
                 mlp_bias=bool(raw.get("mlp_bias", False)),
                 rope=rope,
-                eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+                eos_token_ids=()
+                if eos is None
+                else tuple(eos)
+                if isinstance(eos, list)
+                else (eos,),
                 bos_token_id=raw.get("bos_token_id"),
                 raw=raw,
             )
         except KeyError as missing:
             raise CheckpointError(f"config.json lacks {missing}, which a Llama needs.") from None
         except (TypeError, ValueError) as wrong:
-            raise CheckpointError(f"config.json holds a value of the wrong kind: {wrong}.") from None
+            raise CheckpointError(
+                f"config.json holds a value of the wrong kind: {wrong}."
+            ) from None
         if min(config.num_heads, config.num_kv_heads, config.num_layers, config.head_dim) < 1:
             raise CheckpointError("config.json holds a size below 1.")
         if config.num_heads % config.num_kv_heads:

@@ -34,9 +34,10 @@ from hispec.hierarchy import Hierarchy
 from hispec.model.cache import Cache, KVCache
 from hispec.model.checkpoint import Checkpoint
 from hispec.model.linear import Linear
-from hispec.model.llama import PREFILL_CHUNK, Block, Llama, read_block
+from hispec.model.block import Block, read_block
+from hispec.model.llama import PREFILL_CHUNK, Llama
+from hispec.model.passes import MAX_WIDTH, Passes
 from hispec.model.tensorfile import TensorFile
-from hispec_kernels import rms_norm
 
 FORMAT = "hispec-exits"
 
@@ -112,19 +113,23 @@ class TrainedHead:
         def read(name: str) -> Tensor:
             return tensors[name].to(device=model.device, dtype=model.dtype)
 
-        self.proj = (
-            Linear(read("proj.weight"), read("proj.bias") if "proj.bias" in tensors else None)
-            if "proj.weight" in tensors
-            else None
-        )
+        pack = model.head.packed  # the layout this model's passes read
+
+        def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
+            return Linear(weight, bias, pack=pack)
+
+        self.proj: Linear | None = None
+        if "proj.weight" in tensors:
+            bias = read("proj.bias") if "proj.bias" in tensors else None
+            self.proj = linear(read("proj.weight"), bias)
         self.norm = read("norm.weight") if "norm.weight" in tensors else model.norm
         self.vocab_ids: Tensor | None = None
         self.head = model.head
         if "vocab_ids" in tensors:
             self.vocab_ids = tensors["vocab_ids"].to(device=model.device, dtype=torch.int64)
-            self.head = Linear(head_rows(self.vocab_ids))
+            self.head = linear(head_rows(self.vocab_ids))
         self.block: Block | None = None
-        self.context: _DeepContext | None = None
+        self.context: Linear | None = None  # final states → keys and values
         self.kv: KVCache | None = None
         self.known = 0  # positions in kv
         self.final = 0  # of these, leading ones made from final states
@@ -134,9 +139,11 @@ class TrainedHead:
                 attention_bias="block.self_attn.q_proj.bias" in tensors,
                 mlp_bias="block.mlp.gate_proj.bias" in tensors,
             )
-            self.block = read_block(read, "block.", config)
+            self.block = read_block(read, "block.", config, pack=pack)
             if "block.context_k_proj.weight" in tensors:
-                self.context = _DeepContext(model, read)
+                names = ("block.context_k_proj.weight", "block.context_v_proj.weight")
+                self.context = linear(torch.cat([read(name) for name in names]))
+                self.context_norm = read("block.context_layernorm.weight")
 
     def logits(self, cache: Cache, first: int, root: int) -> Tensor:
         """See :class:`ExitHead`. A block first catches up on what it has not seen."""
@@ -146,61 +153,52 @@ class TrainedHead:
             x = self._project(states[first:end])
         else:
             x = self._through_block(cache, states, first, end, root)
-        return self.head(rms_norm(x, self.norm, self.model.config.rms_norm_eps))
+        return self.model.narrow.project(self.head, x, self.norm)
 
     def truncate(self, length: int) -> None:
         """See :class:`ExitHead`."""
         self.known = min(self.known, length)
         self.final = min(self.final, length)
 
+    def _passes(self, rows: int) -> Passes:
+        return self.model.narrow if rows <= MAX_WIDTH else self.model.wide
+
     def _project(self, u: Tensor) -> Tensor:
-        return u if self.proj is None else self.proj(u)
+        return u if self.proj is None else self._passes(u.shape[0]).project(self.proj, u)
 
     def _through_block(
         self, cache: Cache, states: Tensor, first: int, end: int, root: int
     ) -> Tensor:
         """Returns the block's output at ``first`` … ``end - 1``, its KV complete up to ``end``."""
-        model, block = self.model, self.block
-        assert block is not None
         if self.kv is None:
-            config = model.config
+            model, config = self.model, self.model.config
             self.kv = KVCache(
                 1, config.num_kv_heads, config.head_dim, model.capacity, model.dtype, model.device
             )
-        keys, values = self.kv.keys[0], self.kv.values[0]
         if self.context is not None:
             final = min(root, cache.length)
             if self.final < final:
-                self.context.write(cache, self.final, final, keys, values)
+                self._write_context(cache, self.final, final)
                 self.final = final
         start = min(max(self.known, self.final), first)
         while end - start > PREFILL_CHUNK:  # a prompt it has not seen
             stop = min(first, start + PREFILL_CHUNK)
-            x = self._project(states[start:stop])
-            model.run_block(block, x, model.describe(start, stop - start), keys, values)
+            self._run_block(states[start:stop], start)
             start = stop
-        x = self._project(states[start:end])
-        x = model.run_block(block, x, model.describe(start, end - start), keys, values)
+        x = self._run_block(states[start:end], start)
         self.known = end
         return x[first - start :]
 
+    def _run_block(self, u: Tensor, position: int) -> Tensor:
+        assert self.block is not None and self.kv is not None
+        return self._passes(u.shape[0]).run([self.block], self._project(u), position, self.kv, 0)
 
-class _DeepContext:
-    """Keys and values from final states."""
-
-    def __init__(self, model: Llama, read: Callable[[str], Tensor]) -> None:
-        self.model = model
-        self.norm = read("block.context_layernorm.weight")
-        self.kv = Linear(
-            torch.cat([read("block.context_k_proj.weight"), read("block.context_v_proj.weight")])
-        )
-
-    def write(self, cache: Cache, start: int, end: int, keys: Tensor, values: Tensor) -> None:
-        """After the call ``keys`` and ``values`` at ``start`` … ``end - 1`` are those of final states."""
-        config = self.model.config
-        deep = cache.states[config.num_layers][start:end]
-        kv = self.kv(rms_norm(deep, self.norm, config.rms_norm_eps))
-        self.model.write_context(kv, start, keys, values)
+    def _write_context(self, cache: Cache, start: int, end: int) -> None:
+        """After the call keys and values at ``start`` … ``end - 1`` are those of final states."""
+        assert self.context is not None and self.kv is not None
+        deep = cache.states[self.model.config.num_layers][start:end]  # (T, D)
+        kv = self._passes(end - start).project(self.context, deep, self.context_norm)
+        self.model.wide.write_context(kv, start, self.kv.keys[0], self.kv.values[0])
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ class Linear:
     Args:
         weight: (out, in). Packed and dropped where packing is available; kept as it is otherwise.
         bias: (out,) or None.
-        pack: ask for packing; ignored where it is not available.
+        pack: ask for packing; ignored where it is not available. The compiled passes of
+            ``hispec_kernels.cpu`` read plain rows.
     """
 
     __slots__ = ("weight", "bias", "packed", "_call")
@@ -48,7 +49,7 @@ class Linear:
         self.weight = (
             torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACK_ROWS)
             if self.packed
-            else weight
+            else weight.contiguous()
         )
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

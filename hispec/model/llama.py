@@ -2,69 +2,37 @@
 
     x₀ = embed(tokens);   layer i:  x += o(attention(rope(qkv(norm x))));   x += down(swiglu(gate_up(norm x)))
 
-Between two products there is nothing but the operations of ``hispec_kernels``: no module calls, no
-masks rebuilt per layer, no output objects. A pass is described once (positions, mask, rotary rows)
-and reused by all its layers.
+How rows become states is the business of :mod:`hispec.model.passes`; here is which rows and layers
+run. Raising a boundary's watermark (:mod:`hispec.model.cache`) runs what lies between it and the
+boundary below, from the states stored there.
 
-Exact numerics: a row's result must not depend on which rows it shares a pass with, or plain
-decoding and speculation would round differently. Every pass therefore stays inside a *width class*
-(:mod:`hispec.model.numerics`) and attention keeps to fixed shapes (:mod:`hispec_kernels.attention`).
+A prompt is prefilled by torch in chunks at fixed positions; everything after it runs in narrow passes
+whose rows round alike whatever their company. So a position's keys, values and logits depend on
+nothing but the tokens up to it, and plain decoding and speculation yield the same bits.
 """
 
 from __future__ import annotations
 
-import math
+import functools
+import os
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hispec.model.block import Block, read_block
 from hispec.model.cache import Cache, KVCache
 from hispec.model.checkpoint import Checkpoint
-from hispec.model.config import ModelConfig, rope_frequencies
+from hispec.model.config import ModelConfig
 from hispec.model.linear import Linear
-from hispec_kernels import decode_attention, rms_norm, rope_write, rotate, swiglu
-from hispec_kernels.attention import BUCKET, ROWS
+from hispec.model.passes import MAX_WIDTH, NativePasses, Passes, Rotary, TorchPasses
+from hispec.model.store import cache_dir
+from hispec_kernels import cpu
+from hispec_kernels.attention import BUCKET
 
 #: Tokens a prefill pass takes, at absolute positions, whatever the hierarchy.
 PREFILL_CHUNK = 256
-#: The widest pass of a round: the root and the tokens drafted after it.
-MAX_WIDTH = 32
-
-
-class Block:
-    """The weights of one transformer block, query/key/value and gate/up fused."""
-
-    __slots__ = ("attention_norm", "qkv", "output", "mlp_norm", "gate_up", "down")
-
-    def __init__(
-        self,
-        attention_norm: Tensor,
-        qkv: Linear,
-        output: Linear,
-        mlp_norm: Tensor,
-        gate_up: Linear,
-        down: Linear,
-    ) -> None:
-        self.attention_norm = attention_norm  # (D,)
-        self.qkv = qkv  # D → (H + 2 H_kv) D_h
-        self.output = output  # H D_h → D
-        self.mlp_norm = mlp_norm  # (D,)
-        self.gate_up = gate_up  # D → 2 I
-        self.down = down  # I → D
-
-
-class Pass(NamedTuple):
-    """What all layers of one pass share."""
-
-    position: int  # of the first row
-    width: int  # rows, padding included
-    cos: Tensor  # (W, 1, D_h)
-    sin: Tensor  # (W, 1, D_h), first half negated
-    mask: Tensor  # (R, S)
-    queries: Tensor  # (H_kv, R, D_h) scratch
 
 
 class Llama:
@@ -76,8 +44,9 @@ class Llama:
         blocks: L of them.
         norm: (D,), before the vocabulary head.
         head: D → V.
-        exact: keep every pass inside the width class.
-        min_width: the narrowest pass that rounds like all wider ones.
+        wide: runs prefill, any number of rows.
+        narrow: runs everything else, up to ``MAX_WIDTH`` rows; ``wide`` itself where nothing is compiled.
+        why_not_native: why ``narrow`` is not the compiled path, or None if it is.
     """
 
     def __init__(
@@ -96,14 +65,15 @@ class Llama:
         self.norm = norm
         self.head = head
         self.exact = exact
-        self.min_width = 1
         self.dtype = embedding.dtype
         self.device = embedding.device
         self.capacity = -(-(config.max_positions + MAX_WIDTH) // BUCKET) * BUCKET
-        self.scale = 1.0 / math.sqrt(config.head_dim)
-        self.group = config.num_heads // config.num_kv_heads
-        self._cos, self._sin = self._rotary_tables()
-        self._corner = self._mask_corner()
+        rotary = Rotary(config, self.capacity)
+        self.wide = TorchPasses(config, rotary, self.dtype, self.device, exact=exact)
+        self.narrow: Passes = self.wide
+        library, self.why_not_native = native_library(config, self.dtype, self.device)
+        if library is not None and not head.packed:
+            self.narrow = NativePasses(config, rotary, self.dtype, library)
 
     # ------------------------------------------------------------------ loading
 
@@ -119,14 +89,19 @@ class Llama:
             CheckpointError: a tensor is missing, damaged, or of another shape than the config says.
         """
         config = checkpoint.config
+        # The compiled passes read weights as they are stored; oneDNN wants its own order.
+        pack = native_library(config, dtype, device)[0] is None
 
         def read(name: str) -> Tensor:
             return checkpoint.tensor(name).to(device=device, dtype=dtype)
 
         embedding = read("model.embed_tokens.weight")
-        head_name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        head = Linear(embedding if config.tie_word_embeddings else read(head_name))
-        blocks = [read_block(read, f"model.layers.{i}.", config) for i in range(config.num_layers)]
+        tied = config.tie_word_embeddings
+        head = Linear(embedding if tied else read("lm_head.weight"), pack=pack)
+        blocks = [
+            read_block(read, f"model.layers.{i}.", config, pack=pack)
+            for i in range(config.num_layers)
+        ]
         return Llama(config, embedding, blocks, read("model.norm.weight"), head, exact=exact)
 
     def new_cache(self, boundaries: Sequence[int]) -> Cache:
@@ -139,19 +114,24 @@ class Llama:
             self.capacity,
             self.dtype,
             self.device,
+            state_dtype=self.narrow.state_dtype,
         )
 
     def weight_bytes(self) -> int:
-        """Returns the bytes the weights take; embedding and head count apart, as they are stored."""
+        """Returns the bytes the weights take."""
         config = self.config
         heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
         block = config.hidden_size * (heads + 3 * config.intermediate_size + 2)
-        vocabulary = 2 * config.vocab_size * config.hidden_size
+        # A tied head that is packed for oneDNN is a second copy of the embedding.
+        copies = 1 if config.tie_word_embeddings and not self.head.packed else 2
+        vocabulary = copies * config.vocab_size * config.hidden_size
         return (config.num_layers * block + vocabulary) * self.dtype.itemsize
 
     # ------------------------------------------------------------------ passes
 
-    def advance(self, cache: Cache, tokens: Sequence[int], upto: int, boundary: int) -> int:
+    def advance(
+        self, cache: Cache, tokens: Sequence[int], upto: int, boundary: int, *, wide: bool = False
+    ) -> int:
         """Raises the watermark of ``boundary`` to ``upto``; returns the layer visits it took.
 
         Positions that lack the state of a lower boundary are lifted through the layers below first.
@@ -161,6 +141,7 @@ class Llama:
             tokens: ids from position 0 on, at least ``upto`` of them.
             upto: absolute position, exclusive.
             boundary: one of ``cache.boundaries``.
+            wide: a prefill's pass.
         """
         visits, below = 0, 0
         for level in cache.boundaries:
@@ -171,7 +152,7 @@ class Llama:
                     if below == 0
                     else cache.states[below][start:upto]
                 )  # (W, D)
-                rows = self.run_layers(rows, below, level, start, cache.kv)
+                rows = self.run_layers(rows, below, level, start, cache.kv, wide=wide)
                 cache.states[level][start:upto] = rows
                 cache.computed[level] = upto
                 visits += (upto - start) * (level - below)
@@ -188,16 +169,17 @@ class Llama:
         visits = 0
         while cache.length < len(tokens):
             end = min(len(tokens), (cache.length // PREFILL_CHUNK + 1) * PREFILL_CHUNK)
-            visits += self.advance(cache, tokens, end, cache.boundaries[-1])
+            visits += self.advance(cache, tokens, end, cache.boundaries[-1], wide=True)
         return visits
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """Returns (T, D)."""
-        return F.embedding(
-            torch.tensor(tokens, dtype=torch.int64, device=self.device), self.embedding
-        )
+        ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
+        return F.embedding(ids, self.embedding)
 
-    def run_layers(self, x: Tensor, start: int, stop: int, position: int, kv: KVCache) -> Tensor:
+    def run_layers(
+        self, x: Tensor, start: int, stop: int, position: int, kv: KVCache, *, wide: bool = False
+    ) -> Tensor:
         """Returns the states after ``layers[start:stop]``, their keys and values stored.
 
         Args:
@@ -206,143 +188,37 @@ class Llama:
             stop: one past the last layer.
             position: absolute position of the first row.
             kv: holds these layers' keys and values for all earlier positions.
+            wide: a prefill's pass; otherwise T is at most ``MAX_WIDTH``.
 
         Returns:
             (T, D).
         """
-        rows = x.shape[0]
-        x = self._pad(x)
-        shared = self.describe(position, x.shape[0])
-        for layer in range(start, stop):
-            x = self.run_block(self.blocks[layer], x, shared, kv.keys[layer], kv.values[layer])
-        return x[:rows]
-
-    def run_block(self, block: Block, x: Tensor, at: Pass, keys: Tensor, values: Tensor) -> Tensor:
-        """Returns the states after one block.
-
-        Rows of padding write keys and values too, past the real rows, where nothing is known yet.
-
-        Args:
-            block: of this model's sizes (one of its own, or an exit's adapter).
-            x: (W, D).
-            at: from :meth:`describe`, for ``W`` rows.
-            keys: (H_kv, S, D_h), this block's.
-            values: likewise.
-        """
-        config, eps = self.config, self.config.rms_norm_eps
-        end, span = at.position + at.width, at.mask.shape[1]
-        packed_rows = at.width * self.group
-        qkv = block.qkv(rms_norm(x, block.attention_norm, eps))
-        rope_write(
-            qkv.view(at.width, -1, config.head_dim),
-            at.cos,
-            at.sin,
-            at.queries[:, :packed_rows].unflatten(1, (at.width, self.group)),
-            keys[:, at.position : end],
-            values[:, at.position : end],
-        )
-        mixed = decode_attention(
-            at.queries, keys[:, :span], values[:, :span], at.mask, self.scale
-        )  # (H_kv, R, D_h)
-        mixed = mixed[:, :packed_rows].unflatten(1, (at.width, self.group)).transpose(0, 1)
-        x = block.output(mixed.reshape(at.width, -1), residual=x)  # (W, D)
-        hidden = swiglu(block.gate_up(rms_norm(x, block.mlp_norm, eps)))  # (W, I)
-        return block.down(hidden, residual=x)  # (W, D)
-
-    def write_context(self, kv: Tensor, position: int, keys: Tensor, values: Tensor) -> None:
-        """After the call ``keys`` and ``values`` hold projected states at ``position`` and on.
-
-        Args:
-            kv: (T, 2 H_kv D_h), key heads then value heads, not yet rotated.
-            position: absolute position of the first row.
-            keys: (H_kv, S, D_h).
-            values: likewise.
-        """
-        config, end = self.config, position + kv.shape[0]
-        heads = kv.view(kv.shape[0], -1, config.head_dim)  # (T, 2 H_kv, D_h)
-        fresh, carried = heads.split(config.num_kv_heads, dim=1)
-        fresh = rotate(fresh, self._cos[position:end], self._sin[position:end])
-        keys[:, position:end] = fresh.transpose(0, 1)
-        values[:, position:end] = carried.transpose(0, 1)
+        assert wide or x.shape[0] <= MAX_WIDTH, "a narrow pass takes MAX_WIDTH rows"
+        passes = self.wide if wide else self.narrow
+        return passes.run(self.blocks[start:stop], x, position, kv, start)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Returns the vocabulary logits of states after the last layer.
-
-        Args:
-            x: (T, D).
-
-        Returns:
-            (T, V) in the model's dtype.
-        """
-        return self.head(rms_norm(self._pad(x), self.norm, self.config.rms_norm_eps))[: x.shape[0]]
-
-    def describe(self, position: int, width: int) -> Pass:
-        """Returns what the layers of a pass over ``width`` rows from ``position`` on share."""
-        end = position + width
-        packed_rows = width * self.group
-        if self.exact:
-            span = -(-end // BUCKET) * BUCKET
-            rows = -(-packed_rows // ROWS) * ROWS
-        else:
-            span, rows = end, packed_rows
-        mask = self._corner.new_zeros(rows, span)
-        tail = self._corner if width <= MAX_WIDTH else self._mask_corner(width)
-        mask[:, position:] = tail[:rows, : span - position]
-        config = self.config
-        return Pass(
-            position,
-            width,
-            self._cos[position:end],
-            self._sin[position:end],
-            mask,
-            mask.new_zeros(config.num_kv_heads, rows, config.head_dim),
-        )
-
-    # ------------------------------------------------------------------ tables
-
-    def _pad(self, x: Tensor) -> Tensor:
-        """Repeats the last row until the width class is reached."""
-        missing = self.min_width - x.shape[0] if self.exact else 0
-        return x if missing <= 0 else torch.cat([x, x[-1:].expand(missing, -1)])
-
-    def _rotary_tables(self) -> tuple[Tensor, Tensor]:
-        frequencies, factor = rope_frequencies(self.config)
-        angles = torch.outer(torch.arange(self.capacity, dtype=torch.float32), frequencies)
-        cos, sin = angles.cos() * factor, angles.sin() * factor
-        cos = torch.cat([cos, cos], -1)[:, None].to(self.dtype)  # (S, 1, D_h)
-        sin = torch.cat([-sin, sin], -1)[:, None].to(self.dtype)
-        return cos.to(self.device), sin.to(self.device)
-
-    def _mask_corner(self, width: int = MAX_WIDTH) -> Tensor:
-        """The part of a pass's mask that is not zero: row r may look at r // G new positions and its own."""
-        rows = -(-width * self.group // ROWS) * ROWS
-        own = torch.arange(rows, device=self.device)[:, None] // self.group
-        behind = torch.arange(width + BUCKET, device=self.device)[None] > own
-        return torch.zeros(behind.shape, dtype=self.dtype, device=self.device).masked_fill_(
-            behind, -torch.inf
-        )
+        """Returns the vocabulary logits (T, V) of states after the last layer (T, D)."""
+        return self.narrow.project(self.head, x, self.norm)
 
 
-def read_block(read, prefix: str, config: ModelConfig) -> Block:  # noqa: ANN001 (a tensor by name)
-    """Returns the block whose tensors carry transformers' names under ``prefix``, fused and packed.
+def native_library(config: ModelConfig, dtype: torch.dtype, device: torch.device):  # noqa: ANN201
+    """Returns the compiled library for such a model, or None and the reason."""
+    if device.type != "cpu":
+        return None, "it is for CPUs"
+    if dtype not in (torch.bfloat16, torch.float32):
+        return None, f"it does not cover {dtype}"
+    group = config.num_heads // config.num_kv_heads
+    if not cpu.covers(config.hidden_size, config.intermediate_size, config.head_dim, group):
+        return None, "it covers sizes that are multiples of 32"
+    try:
+        return _library(), None
+    except cpu.BuildError as error:
+        return None, str(error)
 
-    Args:
-        read: returns a tensor by name, in the dtype and on the device wanted.
-        prefix: such as ``model.layers.3.``.
-        config: says which projections have biases.
-    """
 
-    def fused(*names: str, bias: bool) -> Linear:
-        weight = torch.cat([read(f"{prefix}{name}.weight") for name in names])
-        offset = torch.cat([read(f"{prefix}{name}.bias") for name in names]) if bias else None
-        return Linear(weight, offset)
-
-    attention, mlp = "self_attn.", "mlp."
-    return Block(
-        read(f"{prefix}input_layernorm.weight"),
-        fused(*(f"{attention}{x}_proj" for x in "qkv"), bias=config.attention_bias),
-        fused(f"{attention}o_proj", bias=config.attention_bias),
-        read(f"{prefix}post_attention_layernorm.weight"),
-        fused(f"{mlp}gate_proj", f"{mlp}up_proj", bias=config.mlp_bias),
-        fused(f"{mlp}down_proj", bias=config.mlp_bias),
-    )
+@functools.cache
+def _library():  # noqa: ANN202
+    if os.environ.get("HISPEC_NATIVE", "1") == "0":
+        raise cpu.BuildError("HISPEC_NATIVE=0")
+    return cpu.load_library(cache_dir() / "native")

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from hispec.errors import HispecError
-from hispec.model.llama import MAX_WIDTH, Llama
+from hispec.model.llama import Llama
+from hispec.model.passes import MAX_WIDTH
 from hispec.model.store import cache_dir
 
 
@@ -32,7 +33,7 @@ def find_min_width(model: Llama) -> int:
     Raises:
         HispecError: not even two neighbouring widths agree, so exact numerics cannot be had here.
     """
-    keep, model.min_width = model.min_width, 1
+    keep, model.wide.min_width = model.wide.min_width, 1
     try:
         generator = torch.Generator().manual_seed(0)
         shape = (MAX_WIDTH, model.config.hidden_size)
@@ -56,7 +57,7 @@ def find_min_width(model: Llama) -> int:
             agree = width
         return agree
     finally:
-        model.min_width = keep
+        model.wide.min_width = keep
 
 
 def _results(model: Llama, rows: Tensor, position: int) -> tuple[Tensor, Tensor]:
@@ -86,6 +87,7 @@ def cached_min_width(model: Llama) -> int:
             platform.machine(),
             _processor(),
             torch.get_num_threads(),
+            type(model.narrow).__name__,
             model.device.type if model.device.type == "cpu" else torch.cuda.get_device_name(),
             model.dtype,
             config.hidden_size,

@@ -1,0 +1,182 @@
+"""A run's folder: what was asked for, what came out, row by row, and going on where it stopped.
+
+    run.json       settings and provenance; settings say whether a run may be continued
+    rows.jsonl     one row for each (prompt, turn, method, repeat)
+    skipped.jsonl  prompts that did not fit, and why
+
+Rows are appended a block at a time: one prompt, one repeat, all methods. A block that a killed
+process left unfinished has no rows, so plain decoding always stands beside what it is compared to.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from hispec.errors import HispecError, UsageError
+
+FORMAT = "hispec-bench-1"
+Row = dict[str, Any]
+
+
+class RunFolder:
+    """A folder on disk that holds exactly one run.
+
+    Attributes:
+        path: the folder.
+        rows: all rows so far.
+        skipped: prompts left out, with the reason.
+    """
+
+    def __init__(self, path: Path, document: dict[str, Any], *, writing: bool = False) -> None:
+        self.path = path
+        self.document = document
+        self.rows: list[Row] = _read(path / "rows.jsonl", repair=writing)
+        self.skipped: list[Row] = _read(path / "skipped.jsonl", repair=writing)
+        self._blocks = {(row["item"], row["repeat"]) for row in self.rows}
+
+    @staticmethod
+    def create(path: Path, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> RunFolder:
+        """Returns the folder, new or with what an earlier process with the same settings left.
+
+        Raises:
+            UsageError: the folder holds another run, or something else.
+        """
+        document = {"format": FORMAT, "settings": dict(settings), "provenance": dict(provenance)}
+        document = json.loads(json.dumps(document))  # as it will be read back: lists, not tuples
+        if (path / "run.json").exists():
+            found = _document(path)
+            differing = _difference(found["settings"], document["settings"])
+            if differing:
+                raise UsageError(
+                    f"{path} holds another run: its {differing}. Give another --out, or repeat "
+                    f"that run's settings to continue it."
+                )
+            return RunFolder(path, found, writing=True)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"{path} is not empty and holds no run. Give another --out.")
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            write_whole(path / "run.json", json.dumps(document, indent=1))
+        except OSError as error:
+            raise HispecError(f"cannot write to {path}: {error.strerror or error}.") from None
+        return RunFolder(path, document, writing=True)
+
+    @staticmethod
+    def open(path: Path) -> RunFolder:
+        """Returns an existing run.
+
+        Raises:
+            UsageError: there is none in the folder.
+        """
+        if not (path / "run.json").is_file():
+            raise UsageError(f"{path} holds no run: it has no run.json.")
+        return RunFolder(path, _document(path))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What was asked for."""
+        return self.document["settings"]
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What it ran on."""
+        return self.document["provenance"]
+
+    def append(self, rows: Iterable[Row]) -> None:
+        """After the call a block's rows are on disk, all of them."""
+        rows = list(rows)
+        _append(self.path / "rows.jsonl", rows)
+        self.rows += rows
+        self._blocks |= {(row["item"], row["repeat"]) for row in rows}
+
+    def note(self, notes: Mapping[str, str]) -> None:
+        """Stores what a reader should know of each method."""
+        self.document["notes"] = dict(notes)
+        write_whole(self.path / "run.json", json.dumps(self.document, indent=1))
+
+    def skip(self, row: Row) -> None:
+        """Notes a prompt that is left out, once."""
+        if row not in self.skipped:
+            _append(self.path / "skipped.jsonl", [row])
+            self.skipped.append(row)
+
+    def has_block(self, item: str, repeat: int) -> bool:
+        """Returns whether a block is done."""
+        return (item, repeat) in self._blocks
+
+
+def write_whole(path: Path, text: str) -> None:
+    """After the call the file has this text; a reader never sees a part of it."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _append(path: Path, rows: list[Row]) -> None:
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read(path: Path, *, repair: bool) -> list[Row]:
+    """The rows of a file, without a block at its end whose writing was cut short.
+
+    Blocks are told apart by ``(item, repeat)`` and their size by ``of``, the rows they have. Only a
+    process that is about to append repairs the file: a report may be made of a run under way.
+    """
+    if not path.exists():
+        return []
+    rows: list[Row] = []
+    lines = path.read_bytes().split(b"\n")
+    torn = lines.pop() != b""
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise HispecError(f"{path} line {number} is damaged. Remove the folder.") from None
+    while rows and "of" in rows[-1]:
+        last = rows[-1]
+        block = [r for r in rows if (r["item"], r["repeat"]) == (last["item"], last["repeat"])]
+        if len(block) == last["of"]:
+            break
+        rows = [r for r in rows if r not in block]
+        torn = True
+    if torn and repair:
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return rows
+
+
+def _document(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads((path / "run.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise HispecError(f"{path / 'run.json'} cannot be read: {error}.") from None
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise UsageError(f"{path} holds no run of this version of hispec bench.")
+    return document
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """The first setting that differs, as a phrase; empty if none does."""
+    for key in wanted:
+        if found.get(key) != wanted[key]:
+            return f"{key.replace('_', ' ')} is {_short(found.get(key))}, not {_short(wanted[key])}"
+    return ""
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,214 @@
+"""A run's tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+Document = dict[str, Any]
+
+
+def render(document: Document) -> str:
+    """Returns the tables of a run: methods, categories, levels, divergences, conditions."""
+    parts = [
+        conditions(document),
+        methods_table(document),
+        footnotes(document),
+        categories_table(document),
+        levels_table(document),
+        divergences_table(document),
+        rouge_table(document),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def conditions(document: Document) -> str:
+    """Returns what the numbers were measured on, in a few lines."""
+    made, asked = document["provenance"], document["settings"]
+    place = made.get("gpu") or made["cpu"]
+    drift = document["drift"]
+    lines = [
+        f"{made['model']} ({made['layers']} layers, {made['dtype']}) on {place}, "
+        f"{made['threads']} threads, torch {made['torch']}, "
+        f"transformers {made['transformers']}, hispec {made['hispec']} "
+        f"({made['commit'] or 'no commit'}), {made['date'][:10]}.",
+        f"{document['answers']} answers to {asked['prompts']} ({asked['number_of_prompts']} "
+        f"prompts), up to {asked['max_new_tokens']} new tokens, greedy, batch 1, "
+        f"{asked['repeats']} repeats. Baseline: `{document['baseline']}`, the faster of plain "
+        f"decoding in exact and in fast numerics; speed-up is the ratio of total decode times, "
+        f"with a 95 % bootstrap interval.",
+    ]
+    if drift:
+        steady = drift["ratio_low"] <= 1 <= drift["ratio_high"]
+        lines.append(
+            f"Drift (`ar` first over `ar` last): {_interval(drift, 'ratio')}"
+            + (
+                "."
+                if steady
+                else ": **the machine was not steady; differences this small mean nothing.**"
+            )
+        )
+    return "\n".join(lines)
+
+
+def methods_table(document: Document) -> str:
+    """Returns one row a method."""
+    rows = []
+    for name, entry in document["methods"].items():
+        differs = str(entry["mismatched_prompts"])
+        if entry["tied_prompts"]:
+            differs += f" ({entry['tied_prompts']} ties)"
+        if not document["settings"]["methods"][name].get("gguf") is None:
+            differs = "–"
+        rows.append(
+            [
+                name,
+                _interval(entry, "speedup"),
+                _number(entry["total_speedup"], 2),
+                _number(entry["tok_per_s"], 1),
+                _number(_times(entry["prefill_s"], 1000), 0),
+                _number(entry["block_efficiency"], 2),
+                _percent(entry["acceptance_rate"]),
+                _number(entry["layer_visits_per_token"], 1),
+                _percent(entry["bandwidth_used"]),
+                differs,
+            ]
+        )
+    head = [
+        "method",
+        "speed-up",
+        "with prefill",
+        "tok/s",
+        "prefill ms",
+        "tokens/pass",
+        "accepted",
+        "layer visits/token",
+        "bandwidth",
+        "answers that differ",
+    ]
+    return table(head, rows)
+
+
+def footnotes(document: Document) -> str:
+    """Returns notes, failures and skipped prompts."""
+    lines = []
+    for name, entry in document["methods"].items():
+        if entry["note"]:
+            lines.append(f"- `{name}`: {entry['note']}.")
+        if entry["error"]:
+            lines.append(
+                f"- `{name}` **failed** on {entry['failed_prompts']} answers: {entry['error']}"
+            )
+    skipped = document["skipped"]
+    if skipped:
+        named = ", ".join(f"{row['item']} ({row['reason']})" for row in skipped[:5])
+        more = f" and {len(skipped) - 5} more" if len(skipped) > 5 else ""
+        lines.append(f"- skipped {len(skipped)} prompts: {named}{more}.")
+    return "\n".join(lines)
+
+
+def categories_table(document: Document) -> str:
+    """Returns speed-ups by category, one column each."""
+    categories = document["categories"]
+    if len(categories) < 2:
+        return ""
+    rows = [
+        [name]
+        + [
+            _interval(entry["by_category"].get(category, {"speedup": None}), "speedup")
+            for category in categories
+        ]
+        for name, entry in document["methods"].items()
+    ]
+    return "Speed-up by category\n\n" + table(["method", *categories], rows)
+
+
+def levels_table(document: Document) -> str:
+    """Returns acceptance by level and position, and where the time goes."""
+    rows = []
+    for name, entry in document["methods"].items():
+        for level in entry["levels"]:
+            at = [
+                f"{accepted / drafted:.0%}" if drafted else "–"
+                for drafted, accepted in zip(level["drafted_at"], level["accepted_at"], strict=True)
+            ]
+            rows.append(
+                [
+                    name,
+                    level["name"],
+                    str(level["drafted"] or "–"),
+                    _percent(level["acceptance_rate"]),
+                    " ".join(at) or "–",
+                    _percent(entry["time_share"].get(level["name"])),
+                ]
+            )
+    if not rows:
+        return ""
+    head = ["method", "level", "drafted", "accepted", "accepted by position", "share of time"]
+    return "Levels: what each handed up, what the next one made of it\n\n" + table(head, rows)
+
+
+def divergences_table(document: Document) -> str:
+    """Returns where answers left plain decoding's, and how close the tokens were."""
+    rows = []
+    for name, entry in document["methods"].items():
+        for found in entry["divergences"]:
+            rows.append(
+                [
+                    name,
+                    found["item"],
+                    str(found["index"]),
+                    str(found["position"]),
+                    f"{found['expected']} / {found['found']}" if "found" in found else "length",
+                    f"{found['top2_gap']:.2g}" if "top2_gap" in found else "–",
+                    {True: "tie", False: "**no tie**"}.get(found.get("tie"), "–"),
+                ]
+            )
+    if not rows:
+        return ""
+    head = ["method", "prompt", "token", "position", "ar's id / its id", "top-2 logit gap", ""]
+    return "First differing token of every answer that differs\n\n" + table(head, rows)
+
+
+def rouge_table(document: Document) -> str:
+    """Returns ROUGE where references exist."""
+    scores = document.get("rouge")
+    if not scores:
+        return ""
+    rows = [
+        [name, category, str(entry["n"])]
+        + [f"{100 * entry[key]:.1f}" for key in ("rouge1", "rouge2", "rougeL")]
+        for name, found in scores.items()
+        for category, entry in found.items()
+    ]
+    head = ["method", "category", "n", "ROUGE-1", "ROUGE-2", "ROUGE-L"]
+    return "ROUGE (F1) against the references\n\n" + table(head, rows)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table whose source is aligned too."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([line(head), rule, *(line(row) for row in rows)])
+
+
+def _interval(entry: Document, key: str) -> str:
+    if entry.get(key) is None:
+        return "–"
+    return f"{entry[key]:.2f} [{entry[f'{key}_low']:.2f}, {entry[f'{key}_high']:.2f}]"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
+
+
+def _times(value: float | None, factor: float) -> float | None:
+    return None if value is None else value * factor

@@ -1,0 +1,228 @@
+"""Methods: small objects with one call, from a question to token ids and what they cost.
+
+A method of ours is a hierarchy run by the engine. All of them share one prefill a question: it
+keeps the states of every exit any of them uses, and each starts from there. What an exit head must
+catch up on in the prompt is done, and timed, by the method that needs it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hispec.bench.recorder import Recorder
+from hispec.generation import LM
+from hispec.hierarchy import Hierarchy
+from hispec.model.cache import Cache
+from hispec.model.llama import MAX_WIDTH, Llama
+from hispec.sampling import Sampling
+
+#: Seconds from an arbitrary start; waits for the device first.
+Clock = Callable[[], float]
+
+
+@dataclass(eq=False)
+class Question:
+    """One prompt, about to be answered by every method. A new object means a new prefill.
+
+    Attributes:
+        ids: the prompt's token ids.
+        limit: new tokens wanted, at least 1; all methods stop there or after an eos.
+    """
+
+    ids: Sequence[int]
+    limit: int
+
+
+@dataclass
+class Outcome:
+    """What a method made of a question, in raw counts.
+
+    Attributes:
+        token_ids: emitted tokens, eos included.
+        first: how many of them were out when prefill ended, at least 1.
+        prefill_s: from the call to the first token.
+        decode_s: from there to the last.
+        passes: full passes after prefill.
+        committed: tokens those passes committed; more than were emitted where an eos cut the last.
+        layer_visits: (token, layer) pairs run after prefill.
+        bytes_read: weights read after prefill.
+        levels: see :class:`hispec.engine.LevelCounts`, as dictionaries.
+        origins: for each token the level that proposed it first; empty where it is not known.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    first: int = 1
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    passes: int = 0
+    committed: int = 0
+    layer_visits: int = 0
+    bytes_read: int = 0
+    levels: list[dict[str, Any]] = field(default_factory=list)
+    origins: list[str] = field(default_factory=list)
+
+
+class Method(Protocol):
+    """A way of decoding.
+
+    Attributes:
+        name: its row in the tables.
+        note: what a reader of its row should know; may be empty.
+        counts_ids: whether its ids can be compared with plain decoding's.
+        settings: what identifies it in a run's record.
+    """
+
+    name: str
+    note: str
+    counts_ids: bool
+    settings: dict[str, Any]
+
+    def __call__(self, question: Question) -> Outcome:
+        """Returns the answer, timed."""
+        ...
+
+
+def device_clock(device: torch.device) -> Clock:
+    """Returns a clock that lets the device finish before it is read."""
+
+    def read() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return read
+
+
+@contextmanager
+def numerics(model: Llama, *, exact: bool) -> Iterator[None]:
+    """Inside, the model runs exact or fast numerics."""
+    before, model.exact = model.exact, exact
+    try:
+        yield
+    finally:
+        model.exact = before
+
+
+class Workbench:
+    """A loaded model and the prefill its methods share.
+
+    Args:
+        lm: loaded with exact numerics.
+        boundaries: every exit that any method uses.
+        clock: times prefill and methods.
+    """
+
+    def __init__(self, lm: LM, boundaries: Sequence[int], clock: Clock | None = None) -> None:
+        self.lm = lm
+        self.clock = clock or device_clock(lm.model.device)
+        self.boundaries = sorted({*boundaries, lm.model.config.num_layers})
+        self._cache = lm.model.new_cache(self.boundaries)
+        self._question: Question | None = None
+        self.first = 0
+        self.prefill_s = 0.0
+
+    def start(self, question: Question, hierarchy: Hierarchy) -> Cache:
+        """Returns the cache as prefill left it, for this hierarchy; its heads know nothing.
+
+        ``first``, the token that prefill picks, and ``prefill_s`` are the question's afterwards.
+        """
+        lm, cache = self.lm, self._cache
+        if question is not self._question:
+            self._question = None  # an interrupted prefill must not pass for a finished one
+            started = self.clock()
+            with numerics(lm.model, exact=True):
+                cache.reset(self.boundaries)
+                lm.model.prefill(cache, question.ids)
+                last = len(question.ids) - 1
+                head = lm.head(lm.model.config.num_layers)
+                self.first = Sampling().pick(head.logits(cache, last, last), last + 1)[0]
+            self.prefill_s = self.clock() - started
+            self._question = question
+        # Drafts are only ever written behind the prompt, so its states are all still there: those
+        # of the boundaries that this hierarchy lacks wait in their buffers.
+        boundaries = [*hierarchy.exit_layers, lm.model.config.num_layers]
+        cache.reset(boundaries)
+        cache.computed.update(dict.fromkeys(boundaries, len(question.ids)))
+        for boundary in self.boundaries:
+            lm.head(boundary).truncate(0)
+        return cache
+
+    def logits_after(self, question: Question, answer: Sequence[int]) -> Tensor:
+        """Returns plain decoding's logits (V,) for the token after ``answer``."""
+        with torch.inference_mode(), numerics(self.lm.model, exact=True):
+            cache = self.start(question, Hierarchy())
+            tokens, target = [*question.ids, *answer], cache.boundaries[-1]
+            while cache.length < len(tokens):
+                end = min(len(tokens), cache.length + MAX_WIDTH)
+                self.lm.model.advance(cache, tokens, end, target)
+            last = len(tokens) - 1
+            return self.lm.head(target).logits(cache, last, last)[0]
+
+
+class Engine:
+    """A hierarchy on our engine.
+
+    Args:
+        bench: shared with the other hierarchies.
+        name: its row.
+        hierarchy: its levels.
+        exact: the numerics it decodes in.
+    """
+
+    counts_ids = True
+
+    def __init__(
+        self, bench: Workbench, name: str, hierarchy: Hierarchy, *, exact: bool = True
+    ) -> None:
+        self.name = name
+        self.note = "" if exact else "fast numerics"
+        self.settings = {"hierarchy": hierarchy.to_json(), "exact": exact}
+        self.hierarchy = hierarchy
+        self.exact = exact
+        self._bench = bench
+
+    def __call__(self, question: Question) -> Outcome:
+        """See :class:`Method`."""
+        bench, lm = self._bench, self._bench.lm
+        with torch.inference_mode():
+            cache = bench.start(question, self.hierarchy)
+            with numerics(lm.model, exact=self.exact):
+                return self._decode(question, cache)
+
+    def _decode(self, question: Question, cache: Cache) -> Outcome:
+        bench, lm = self._bench, self._bench.lm
+        heads = [lm.head(boundary) for boundary in cache.boundaries]
+        first = bench.first
+        started = bench.clock()
+        decoder = Recorder(
+            lm.model, cache, [*question.ids, first], self.hierarchy, heads, Sampling(), lm.eos
+        )
+        ids, committed = [first], 0
+        while ids[-1] not in lm.eos and len(ids) < question.limit:
+            tokens = decoder.round(question.limit - len(ids))
+            committed += len(tokens)
+            for token in tokens:
+                ids.append(token)
+                if token in lm.eos:
+                    break
+        decode_s = bench.clock() - started
+        counts = [level.counts for level in decoder.levels]
+        return Outcome(
+            ids,
+            1,
+            bench.prefill_s,
+            decode_s,
+            counts[-1].passes,
+            committed,
+            sum(level.layer_visits for level in counts),
+            decoder.bytes_read,
+            [asdict(level) for level in counts],
+            ["prefill", *decoder.origins[: len(ids) - 1]],
+        )

@@ -1,0 +1,151 @@
+"""Which methods there are: from the names a user writes to objects that answer."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hispec.bench.baselines import HF, HFModel, LlamaCpp
+from hispec.bench.methods import Clock, Engine, Method, Workbench, numerics
+from hispec.errors import UsageError
+from hispec.generation import LM
+from hispec.hierarchy import AR, PRESETS, Hierarchy
+
+HF_NAMES = ("hf", "hf-early-exit", "hf-prompt-lookup")
+LLAMA_CPP_NAMES = ("llama-cpp", "llama-cpp-lookup")
+
+#: A head that agrees with the target less often than this was not trained to be shared.
+_SHARED_HEAD_AGREES = 0.2
+
+
+def build(
+    lm: LM,
+    names: Sequence[str],
+    gguf: Path | None = None,
+    clock: Clock | None = None,
+    *,
+    exact: bool = True,
+) -> tuple[Workbench, list[Method]]:
+    """Returns the methods in the order given, plain decoding in both numerics before them.
+
+    Args:
+        lm: loaded with exact numerics.
+        names: presets, hierarchy files, or names of baselines; each counts once.
+        gguf: what llama.cpp would run.
+        clock: times everything; the device's by default.
+        exact: the numerics of our methods; plain decoding runs in both anyway.
+
+    Raises:
+        UsageError: an unknown name, with the nearest known one.
+    """
+    others = [name for name in dict.fromkeys(names) if name not in ("ar", "ar-fast")]
+    ours: dict[str, Hierarchy] = {}
+    for name in others:
+        if name not in (*HF_NAMES, *LLAMA_CPP_NAMES):
+            ours[name] = _hierarchy(lm, name)
+    exits = [exit_layer for hierarchy in ours.values() for exit_layer in hierarchy.exit_layers]
+    bench = Workbench(lm, exits, clock)
+    hf = HFModel(lm, clock)
+    methods: list[Method] = [
+        Engine(bench, "ar", AR),
+        Engine(bench, "ar-fast", AR, exact=False),
+    ]
+    for name in others:
+        if name in ours:
+            row = Path(name).stem if name.endswith(".json") else name
+            methods.append(Engine(bench, row, ours[name], exact=exact))
+        elif name in LLAMA_CPP_NAMES:
+            methods.append(_llama_cpp(lm, name, gguf))
+        else:
+            methods.append(_hf(lm, hf, name))
+    rows = [method.name for method in methods]
+    twice = next((row for row in rows if rows.count(row) > 1), None)
+    if twice:
+        raise UsageError(f"two methods are named {twice}. Rename one of the hierarchy files.")
+    return bench, methods
+
+
+def _hierarchy(lm: LM, name: str) -> Hierarchy:
+    known = [*PRESETS, *HF_NAMES, *LLAMA_CPP_NAMES, "ar-fast"]
+    if not name.endswith(".json") and name not in known:
+        near = difflib.get_close_matches(name, known, 1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise UsageError(
+            f"unknown method {name!r}. {hint}Known: {', '.join(known)}, or a hierarchy's JSON file."
+        )
+    return lm.hierarchy(name)
+
+
+def _hf(lm: LM, hf: HFModel, name: str) -> HF:
+    if name == "hf":
+        return HF(hf, name)
+    if name == "hf-prompt-lookup":
+        return HF(hf, name, {"prompt_lookup_num_tokens": 10})
+    # The same exit and draft length that our own LayerSkip row uses.
+    level = lm.hierarchy("layerskip").levels[0]
+    return HF(
+        hf,
+        name,
+        {"assistant_early_exit": level.exit_layer},
+        {
+            "num_assistant_tokens": level.window,
+            "num_assistant_tokens_schedule": "constant",
+        },
+        f"exit {level.exit_layer}, {level.window} tokens a draft",
+    )
+
+
+def shared_head_agreement(lm: LM, exit_layer: int, ids: Sequence[int]) -> float:
+    """Returns how often the model's own head, read at an exit, picks what the target picks.
+
+    Args:
+        lm: the model.
+        exit_layer: where it is read.
+        ids: a text of at least one token; all its positions count.
+    """
+    model = lm.model
+    with torch.inference_mode(), numerics(model, exact=True):
+        cache = model.new_cache([exit_layer, model.config.num_layers])
+        model.prefill(cache, ids)
+        early, final = (
+            model.logits(cache.states[boundary][: len(ids)]).argmax(-1)
+            for boundary in cache.boundaries
+        )
+        return (early == final).float().mean().item()
+
+
+def explain_early_exit(lm: LM, methods: Sequence[Method], ids: Sequence[int]) -> None:
+    """Says in the row of ``hf-early-exit`` if this checkpoint has no exits that share the head."""
+    for method in methods:
+        if method.name == "hf-early-exit":
+            exit_layer = method.settings["transformers"]["assistant_early_exit"]
+            agreement = shared_head_agreement(lm, exit_layer, ids)
+            if agreement < _SHARED_HEAD_AGREES:
+                method.note += (
+                    f"; this checkpoint has no exits that share the head (agrees with "
+                    f"{agreement:.0%} of the target's picks), and transformers can use no others"
+                )
+
+
+def _llama_cpp(lm: LM, name: str, gguf: Path | None) -> LlamaCpp:
+    if importlib.util.find_spec("llama_cpp") is None:
+        raise UsageError(
+            f"{name} needs the package llama-cpp-python: install it or leave the method out."
+        )
+    if gguf is None:
+        raise UsageError(f"{name} runs a GGUF file. Give one as --model, or leave it out.")
+    lookup = name == "llama-cpp-lookup"
+    return LlamaCpp(gguf, lm.eos, min(lm.model.config.max_positions, 4096), lookup=lookup)
+
+
+def gguf_of(model: str) -> Path | None:
+    """Returns the GGUF file behind what the user gave as the model, if there is one."""
+    if model.endswith(".gguf"):
+        return Path(model)
+    from hispec.model.bundled import MODELS, _find
+
+    return _find(MODELS[model]) if model in MODELS else None

@@ -1,0 +1,65 @@
+"""The weights of one transformer block, as every way of running it wants them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from hispec.model.config import ModelConfig
+from hispec.model.linear import Linear
+
+
+class Block:
+    """One block: query/key/value fused, gate and up fused."""
+
+    __slots__ = ("attention_norm", "qkv", "output", "mlp_norm", "gate_up", "down")
+
+    def __init__(
+        self,
+        attention_norm: Tensor,
+        qkv: Linear,
+        output: Linear,
+        mlp_norm: Tensor,
+        gate_up: Linear,
+        down: Linear,
+    ) -> None:
+        self.attention_norm = attention_norm  # (D,)
+        self.qkv = qkv  # D → (H + 2 H_kv) D_h
+        self.output = output  # H D_h → D
+        self.mlp_norm = mlp_norm  # (D,)
+        self.gate_up = gate_up  # D → 2 I
+        self.down = down  # I → D
+
+
+def read_block(
+    read: Callable[[str], Tensor],
+    prefix: str,
+    config: ModelConfig,
+    *,
+    pack: bool = True,
+) -> Block:
+    """Returns the block whose tensors carry transformers' names under ``prefix``, fused.
+
+    Args:
+        read: returns a tensor by name, in the dtype and on the device wanted.
+        prefix: such as ``model.layers.3.``.
+        config: says which projections have biases.
+        pack: reorder the weights for oneDNN; see :class:`~hispec.model.linear.Linear`.
+    """
+
+    def fused(*names: str, bias: bool) -> Linear:
+        weight = torch.cat([read(f"{prefix}{name}.weight") for name in names])
+        offset = torch.cat([read(f"{prefix}{name}.bias") for name in names]) if bias else None
+        return Linear(weight, offset, pack=pack)
+
+    attention, mlp = "self_attn.", "mlp."
+    return Block(
+        read(f"{prefix}input_layernorm.weight"),
+        fused(*(f"{attention}{x}_proj" for x in "qkv"), bias=config.attention_bias),
+        fused(f"{attention}o_proj", bias=config.attention_bias),
+        read(f"{prefix}post_attention_layernorm.weight"),
+        fused(f"{mlp}gate_proj", f"{mlp}up_proj", bias=config.mlp_bias),
+        fused(f"{mlp}down_proj", bias=config.mlp_bias),
+    )

@@ -1,0 +1,344 @@
+"""Two ways of running blocks over new rows of a cache, with one face.
+
+    run(blocks, x, position, kv)      states after the blocks, their keys and values stored
+    project(linear, x, norm)          a product, after RMSNorm where a norm is given
+
+:class:`TorchPasses` calls torch, operator by operator: any device, any number of rows; a prompt's
+prefill always takes it. :class:`NativePasses` is the compiled path for the narrow passes of decoding
+on a CPU (``hispec_kernels/cpu/passes.c``): one call for all layers, twice as fast.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from hispec.model.block import Block
+from hispec.model.cache import KVCache
+from hispec.model.config import ModelConfig, rope_frequencies
+from hispec.model.linear import Linear
+from hispec_kernels import cpu, decode_attention, rms_norm, rope_write, rotate, swiglu
+from hispec_kernels.attention import BUCKET, ROWS
+
+#: The widest pass of a round: the root and the tokens drafted after it.
+MAX_WIDTH = 32
+
+
+class Passes(Protocol):
+    """What a model asks of a way to run its blocks.
+
+    Attributes:
+        state_dtype: dtype of hidden states between calls.
+    """
+
+    state_dtype: torch.dtype
+
+    def run(
+        self, blocks: Sequence[Block], x: Tensor, position: int, kv: KVCache, first: int
+    ) -> Tensor:
+        """Returns the states after ``blocks``: (W, D) from (W, D).
+
+        Args:
+            blocks: consecutive ones; block i stores its keys and values in ``kv``'s layer ``first + i``.
+            x: states of positions ``position``, ``position + 1``, …
+            position: absolute position of the first row.
+            kv: knows these layers' keys and values of all earlier positions.
+            first: the first block's layer in ``kv``.
+        """
+        ...
+
+    def project(self, linear: Linear, x: Tensor, norm: Tensor | None = None) -> Tensor:
+        """Returns ``linear(rms_norm(x, norm))``, or ``linear(x)`` without a norm: (W, out)."""
+        ...
+
+
+class Rotary:
+    """Cosines and signed sines of every position, (S, D_h) fp32: sin's first half is negated."""
+
+    def __init__(self, config: ModelConfig, capacity: int) -> None:
+        frequencies, factor = rope_frequencies(config)
+        angles = torch.outer(torch.arange(capacity, dtype=torch.float32), frequencies)
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        self.cos = torch.cat([cos, cos], -1)
+        self.sin = torch.cat([-sin, sin], -1)
+
+
+class _Described(NamedTuple):
+    """What all blocks of one pass share."""
+
+    position: int  # of the first row
+    width: int  # rows, padding included
+    cos: Tensor  # (W, 1, D_h)
+    sin: Tensor  # (W, 1, D_h)
+    mask: Tensor  # (R, S)
+    queries: Tensor  # (H_kv, R, D_h) scratch
+
+
+class TorchPasses:
+    """Blocks run operator by operator.
+
+    Exact numerics: a row's result must not depend on which rows it shares a pass with. So passes are
+    padded to ``min_width`` rows and attention keeps to fixed shapes (:mod:`hispec_kernels.attention`).
+
+    Attributes:
+        exact: keep to those shapes.
+        min_width: the narrowest pass that rounds like all wider ones; found by trying.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rotary: Rotary,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        exact: bool,
+    ) -> None:
+        self.config = config
+        self.exact = exact
+        self.min_width = 1
+        self.state_dtype = dtype
+        self.scale = 1.0 / math.sqrt(config.head_dim)
+        self.group = config.num_heads // config.num_kv_heads
+        self._cos = rotary.cos[:, None].to(device, dtype)  # (S, 1, D_h)
+        self._sin = rotary.sin[:, None].to(device, dtype)
+        self._corner = self._mask_corner(MAX_WIDTH)
+
+    def run(
+        self, blocks: Sequence[Block], x: Tensor, position: int, kv: KVCache, first: int
+    ) -> Tensor:
+        """See :class:`Passes`. Rows of padding lie past the real ones, where nothing is known yet."""
+        rows = x.shape[0]
+        x = self._pad(x.to(self.state_dtype))
+        at = self._describe(position, x.shape[0])
+        for layer, block in enumerate(blocks, first):
+            x = self._run_block(block, x, at, kv.keys[layer], kv.values[layer])
+        return x[:rows]
+
+    def project(self, linear: Linear, x: Tensor, norm: Tensor | None = None) -> Tensor:
+        """See :class:`Passes`."""
+        rows = x.shape[0]
+        x = self._pad(x.to(self.state_dtype))
+        if norm is not None:
+            x = rms_norm(x, norm, self.config.rms_norm_eps)
+        return linear(x)[:rows]
+
+    def write_context(self, kv: Tensor, position: int, keys: Tensor, values: Tensor) -> None:
+        """After the call ``keys`` and ``values`` hold projected states at ``position`` and on.
+
+        Args:
+            kv: (T, 2 H_kv D_h), key heads then value heads, not yet rotated.
+            position: absolute position of the first row.
+            keys: (H_kv, S, D_h).
+            values: likewise.
+        """
+        end = position + kv.shape[0]
+        heads = kv.to(self.state_dtype).view(kv.shape[0], -1, self.config.head_dim)
+        fresh, carried = heads.split(self.config.num_kv_heads, dim=1)  # (T, H_kv, D_h) each
+        fresh = rotate(fresh, self._cos[position:end], self._sin[position:end])
+        keys[:, position:end] = fresh.transpose(0, 1)
+        values[:, position:end] = carried.transpose(0, 1)
+
+    def _run_block(
+        self, block: Block, x: Tensor, at: _Described, keys: Tensor, values: Tensor
+    ) -> Tensor:
+        config, eps = self.config, self.config.rms_norm_eps
+        end, span = at.position + at.width, at.mask.shape[1]
+        packed_rows = at.width * self.group
+        qkv = block.qkv(rms_norm(x, block.attention_norm, eps))
+        rope_write(
+            qkv.view(at.width, -1, config.head_dim),
+            at.cos,
+            at.sin,
+            at.queries[:, :packed_rows].unflatten(1, (at.width, self.group)),
+            keys[:, at.position : end],
+            values[:, at.position : end],
+        )
+        mixed = decode_attention(
+            at.queries, keys[:, :span], values[:, :span], at.mask, self.scale
+        )  # (H_kv, R, D_h)
+        mixed = mixed[:, :packed_rows].unflatten(1, (at.width, self.group)).transpose(0, 1)
+        x = block.output(mixed.reshape(at.width, -1), residual=x)  # (W, D)
+        hidden = swiglu(block.gate_up(rms_norm(x, block.mlp_norm, eps)))  # (W, I)
+        return block.down(hidden, residual=x)  # (W, D)
+
+    def _describe(self, position: int, width: int) -> _Described:
+        end = position + width
+        packed_rows = width * self.group
+        if self.exact:
+            span = -(-end // BUCKET) * BUCKET
+            rows = -(-packed_rows // ROWS) * ROWS
+        else:
+            span, rows = end, packed_rows
+        mask = self._corner.new_zeros(rows, span)
+        tail = self._corner if width <= MAX_WIDTH else self._mask_corner(width)
+        mask[:, position:] = tail[:rows, : span - position]
+        config = self.config
+        return _Described(
+            position,
+            width,
+            self._cos[position:end],
+            self._sin[position:end],
+            mask,
+            mask.new_zeros(config.num_kv_heads, rows, config.head_dim),
+        )
+
+    def _pad(self, x: Tensor) -> Tensor:
+        """Repeats the last row until the width class is reached."""
+        missing = self.min_width - x.shape[0] if self.exact else 0
+        return x if missing <= 0 else torch.cat([x, x[-1:].expand(missing, -1)])
+
+    def _mask_corner(self, width: int) -> Tensor:
+        """The part of a mask that is not zero: row r looks at r // G new positions and its own."""
+        device, dtype = self._cos.device, self._cos.dtype
+        rows = -(-width * self.group // ROWS) * ROWS
+        own = torch.arange(rows, device=device)[:, None] // self.group
+        behind = torch.arange(width + BUCKET, device=device)[None] > own
+        return torch.zeros(behind.shape, dtype=dtype, device=device).masked_fill_(
+            behind, -torch.inf
+        )
+
+
+class NativePasses:
+    """Blocks run by the compiled library: weights and cache in the model's dtype, states in fp32.
+
+    Exact at every width; see ``passes.c``. Takes up to ``MAX_WIDTH`` rows.
+    """
+
+    state_dtype = torch.float32
+
+    def __init__(self, config: ModelConfig, rotary: Rotary, dtype: torch.dtype, library) -> None:  # noqa: ANN001
+        self._config = config
+        self._cos, self._sin = rotary.cos, rotary.sin
+        kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+        self._run = getattr(library, f"run_layers_{kind}")
+        self._project = getattr(library, f"project_{kind}")
+        self._scratch = torch.empty(0)
+        # A cache's layers as the library wants them; the fp32 norms live as long as the table.
+        self._tables: weakref.WeakKeyDictionary[KVCache, _Table] = weakref.WeakKeyDictionary()
+        self._norms: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def run(
+        self, blocks: Sequence[Block], x: Tensor, position: int, kv: KVCache, first: int
+    ) -> Tensor:
+        """See :class:`Passes`."""
+        config, width = self._config, x.shape[0]
+        table = self._tables.get(kv)
+        if table is None:
+            table = self._tables.setdefault(kv, _Table(config, kv))
+        layers = table.layers(blocks, first)
+        threads = torch.get_num_threads()
+        per_row = (2 * (config.num_heads + config.num_kv_heads)) * config.head_dim
+        per_row += config.intermediate_size + threads * config.hidden_size
+        scratch = self._room(width * per_row)
+        x = x.to(torch.float32, copy=True).contiguous()  # the library works in place
+        self._run(
+            layers,
+            len(blocks),
+            table.shape,
+            x.data_ptr(),
+            width,
+            position,
+            self._cos[position].data_ptr(),
+            self._sin[position].data_ptr(),
+            scratch,
+            threads,
+        )
+        return x
+
+    def project(self, linear: Linear, x: Tensor, norm: Tensor | None = None) -> Tensor:
+        """See :class:`Passes`; the result is fp32."""
+        width, size = x.shape
+        rows = linear.weight.shape[0]
+        x = x.to(torch.float32).contiguous()
+        out = torch.empty(width, rows)
+        threads = torch.get_num_threads()
+        norm_pointer = None if norm is None else self._wide(norm).data_ptr()
+        bias = None if linear.bias is None else self._wide(linear.bias).data_ptr()
+        self._project(
+            linear.weight.data_ptr(),
+            bias,
+            rows,
+            size,
+            norm_pointer,
+            self._config.rms_norm_eps,
+            x.data_ptr(),
+            width,
+            out.data_ptr(),
+            self._room(threads * width * size),
+            threads,
+        )
+        return out
+
+    def _wide(self, vector: Tensor) -> Tensor:
+        """The fp32 copy of a small weight, made once."""
+        kept = self._norms.get(id(vector))
+        if kept is None:
+            kept = self._norms[id(vector)] = (vector, vector.float().contiguous())
+        return kept[1]
+
+    def _room(self, floats: int) -> int:
+        """The address of at least that much scratch memory, aligned to a cache line."""
+        if self._scratch.numel() < floats + 16:
+            self._scratch = torch.empty(floats + 16)
+        address = self._scratch.data_ptr()
+        return address + (-address) % 64
+
+
+class _Table:
+    """Addresses of a cache's layers and of the blocks that use them, as ``layer_t`` wants them."""
+
+    def __init__(self, config: ModelConfig, kv: KVCache) -> None:
+        keys = kv.keys[0]
+        self.shape = cpu.Shape(
+            config.hidden_size,
+            config.intermediate_size,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            keys.stride(0),
+            config.rms_norm_eps,
+            1.0 / math.sqrt(config.head_dim),
+        )
+        self._places = [
+            (k.data_ptr(), v.data_ptr()) for k, v in zip(kv.keys, kv.values, strict=True)
+        ]
+        self._layers = (cpu.Layer * len(self._places))()
+        self._blocks: list[Block | None] = [None] * len(self._places)
+        self._kept: list[Tensor] = []
+
+    def layers(self, blocks: Sequence[Block], first: int) -> int:
+        """Returns the address of the ``first`` layer's record, filled in for ``blocks``."""
+        for index, block in enumerate(blocks, first):
+            if self._blocks[index] is not block:
+                self._fill(index, block)
+        return cpu.address(self._layers, first)
+
+    def _fill(self, index: int, block: Block) -> None:
+        def wide(vector: Tensor | None) -> int | None:
+            if vector is None:
+                return None
+            self._kept.append(vector.float().contiguous())
+            return self._kept[-1].data_ptr()
+
+        keys, values = self._places[index]
+        self._layers[index] = cpu.Layer(
+            block.qkv.weight.data_ptr(),
+            block.output.weight.data_ptr(),
+            block.gate_up.weight.data_ptr(),
+            block.down.weight.data_ptr(),
+            wide(block.attention_norm),
+            wide(block.mlp_norm),
+            wide(block.qkv.bias),
+            wide(block.output.bias),
+            wide(block.gate_up.bias),
+            wide(block.down.bias),
+            keys,
+            values,
+        )
+        self._blocks[index] = block

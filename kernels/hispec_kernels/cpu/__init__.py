@@ -1,0 +1,151 @@
+"""The compiled passes of ``passes.c``: built once with the system's C compiler, called by address.
+
+No Python headers and no torch headers: a plain shared library that takes pointers, so building takes
+seconds and depends on nothing but a compiler. The library uses the OpenMP runtime torch has already
+loaded; a second one in the process would bring a second set of threads that spin against the first.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+
+_SOURCES = [Path(__file__).parent / name for name in ("passes.c", "passes.inc.h")]
+_FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared"]
+
+
+class BuildError(Exception):
+    """The compiled passes are not to be had here; the message says why."""
+
+
+class Layer(ctypes.Structure):
+    """``layer_t``: addresses of one block's weights, keys and values."""
+
+    _fields_ = [
+        (name, ctypes.c_void_p)
+        for name in (
+            "qkv",
+            "output",
+            "gate_up",
+            "down",
+            "attention_norm",
+            "mlp_norm",
+            "qkv_bias",
+            "output_bias",
+            "gate_up_bias",
+            "down_bias",
+            "keys",
+            "values",
+        )
+    ]
+
+
+class Shape(ctypes.Structure):
+    """``shape_t``."""
+
+    _fields_ = [
+        ("hidden", ctypes.c_int64),
+        ("intermediate", ctypes.c_int64),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64),
+        ("kv_stride", ctypes.c_int64),
+        ("eps", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    ]
+
+
+def covers(hidden: int, intermediate: int, head_dim: int, group: int) -> bool:
+    """Returns whether the compiled passes can run a model of these sizes.
+
+    Args:
+        hidden: D.
+        intermediate: I.
+        head_dim: D_h.
+        group: query heads a KV head, H / H_kv.
+    """
+    return all(size % 32 == 0 for size in (hidden, intermediate, head_dim)) and (
+        head_dim <= 256 and group <= 16
+    )
+
+
+def load_library(folder: Path) -> ctypes.CDLL:
+    """Returns the library, compiled into ``folder`` if this machine has not done so yet.
+
+    Raises:
+        BuildError: no compiler, it failed, or the folder cannot be written.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
+    if compiler is None:
+        raise BuildError("no C compiler (cc or gcc) is installed")
+    runtime = Path(torch.__file__).parent / "lib" / "libgomp.so.1"
+    if not runtime.exists():
+        raise BuildError("this torch does not use GNU OpenMP")
+    digest = hashlib.sha256(" ".join([compiler, *_FLAGS, _processor()]).encode())
+    for source in _SOURCES:
+        digest.update(source.read_bytes())
+    path = folder / f"passes-{digest.hexdigest()[:16]}.so"
+    if not path.exists():
+        _compile(compiler, path)
+    # Promotes torch's runtime to the global scope, where the library finds its symbols.
+    ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise BuildError(f"{path} cannot be loaded: {error}") from None
+    pointer, size, real, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
+    shape = ctypes.POINTER(Shape)
+    for kind in ("bf16", "fp32"):
+        # layers, count, shape, x, width, position, cos, sin, scratch, threads
+        run = getattr(library, f"run_layers_{kind}")
+        run.argtypes = [
+            *(pointer, size, shape, pointer, size, size),
+            *(pointer, pointer, pointer, threads),
+        ]
+        run.restype = None
+        # w, bias, rows, n, norm, eps, x, width, y, scratch, threads
+        project = getattr(library, f"project_{kind}")
+        project.argtypes = [
+            *(pointer, pointer, size, size, pointer, real),
+            *(pointer, size, pointer, pointer, threads),
+        ]
+        project.restype = None
+    return library
+
+
+def _compile(compiler: str, path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as work:
+            built = Path(work) / path.name
+            command = [compiler, *_FLAGS, str(_SOURCES[0]), "-o", str(built), "-lm"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            if done.returncode:
+                first = (done.stderr.strip().splitlines() or ["no message"])[0]
+                raise BuildError(f"{compiler} failed: {first}")
+            os.replace(built, path)  # two processes may build at once: both end with a whole file
+    except OSError as error:
+        raise BuildError(f"cannot build in {path.parent}: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise BuildError(f"{compiler} took more than two minutes") from None
+
+
+def _processor() -> str:
+    # -march=native: a library built for one processor may not run on another.
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def address(array: ctypes.Array[Layer], index: int) -> int:
+    """Returns the address of one record of an array."""
+    return ctypes.addressof(array) + index * ctypes.sizeof(array._type_)
