@@ -7,6 +7,9 @@ from typing import Any
 
 Document = dict[str, Any]
 
+#: A cell where there is nothing to say.
+NOTHING = "-"
+
 
 def render(document: Document) -> str:
     """Returns the tables of a run: methods, categories, levels, divergences, conditions."""
@@ -58,8 +61,8 @@ def methods_table(document: Document) -> str:
         differs = str(entry["mismatched_prompts"])
         if entry["tied_prompts"]:
             differs += f" ({entry['tied_prompts']} ties)"
-        if not document["settings"]["methods"][name].get("gguf") is None:
-            differs = "–"
+        if "gguf" in document["settings"]["methods"][name]:
+            differs = NOTHING
         rows.append(
             [
                 name,
@@ -129,16 +132,16 @@ def levels_table(document: Document) -> str:
     for name, entry in document["methods"].items():
         for level in entry["levels"]:
             at = [
-                f"{accepted / drafted:.0%}" if drafted else "–"
+                f"{accepted / drafted:.0%}" if drafted else NOTHING
                 for drafted, accepted in zip(level["drafted_at"], level["accepted_at"], strict=True)
             ]
             rows.append(
                 [
                     name,
                     level["name"],
-                    str(level["drafted"] or "–"),
+                    str(level["drafted"] or NOTHING),
                     _percent(level["acceptance_rate"]),
-                    " ".join(at) or "–",
+                    " ".join(at) or NOTHING,
                     _percent(entry["time_share"].get(level["name"])),
                 ]
             )
@@ -160,8 +163,8 @@ def divergences_table(document: Document) -> str:
                     str(found["index"]),
                     str(found["position"]),
                     f"{found['expected']} / {found['found']}" if "found" in found else "length",
-                    f"{found['top2_gap']:.2g}" if "top2_gap" in found else "–",
-                    {True: "tie", False: "**no tie**"}.get(found.get("tie"), "–"),
+                    f"{found['top2_gap']:.2g}" if "top2_gap" in found else NOTHING,
+                    {True: "tie", False: "**no tie**"}.get(found.get("tie"), NOTHING),
                 ]
             )
     if not rows:
@@ -198,16 +201,16 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _interval(entry: Document, key: str) -> str:
     if entry.get(key) is None:
-        return "–"
+        return NOTHING
     return f"{entry[key]:.2f} [{entry[f'{key}_low']:.2f}, {entry[f'{key}_high']:.2f}]"
 
 
 def _number(value: float | None, digits: int) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+    return NOTHING if value is None else f"{value:.{digits}f}"
 
 
 def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{value:.0%}"
+    return NOTHING if value is None else f"{value:.0%}"
 
 
 def _times(value: float | None, factor: float) -> float | None:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from hispec.bench.recorder import Recorder
 from hispec.generation import LM
-from hispec.hierarchy import Hierarchy
+from hispec.hierarchy import AR, MAX_WIDTH, Hierarchy
 from hispec.model.cache import Cache
-from hispec.model.llama import MAX_WIDTH, Llama
+from hispec.model.llama import Llama
 from hispec.sampling import Sampling
 
 #: Seconds from an arbitrary start; waits for the device first.
@@ -157,7 +157,7 @@ class Workbench:
     def logits_after(self, question: Question, answer: Sequence[int]) -> Tensor:
         """Returns plain decoding's logits (V,) for the token after ``answer``."""
         with torch.inference_mode(), numerics(self.lm.model, exact=True):
-            cache = self.start(question, Hierarchy())
+            cache = self.start(question, AR)
             tokens, target = [*question.ids, *answer], cache.boundaries[-1]
             while cache.length < len(tokens):
                 end = min(len(tokens), cache.length + MAX_WIDTH)

@@ -87,7 +87,7 @@ def cpu_name() -> str:
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Returns the bytes this process holds: on a GPU the peak since the last reset, else resident."""
+    """Returns the bytes in use: on a GPU the peak since it was last reset, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

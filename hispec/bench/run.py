@@ -23,7 +23,7 @@ from hispec.bench.prompts import Prompt, PromptSet
 from hispec.bench.provenance import memory_in_use
 from hispec.errors import UsageError
 from hispec.generation import LM
-from hispec.model.llama import MAX_WIDTH
+from hispec.hierarchy import MAX_WIDTH
 
 #: New tokens of a warm-up answer: enough for every draft length to occur.
 _WARM_UP_TOKENS = 16
@@ -163,9 +163,7 @@ class Run:
                     progress.advance()
             if item not in self._reference:
                 return  # plain decoding failed: there is nothing to continue on
-            answers.append(
-                lm.tokenizer.decode(self._reference[item], skip_special_tokens=True).strip()
-            )
+            answers.append(text_of(lm.tokenizer, self._reference[item]).strip())
 
     def _block(
         self, prompt: Prompt, item: str, turn: int, ids: list[int], repeat: int, number: int
@@ -225,7 +223,7 @@ class Run:
         if keep:
             tokenizer = self.bench.lm.tokenizer
             counts["token_ids"] = ids
-            counts["text"] = tokenizer.decode(ids, skip_special_tokens=True)
+            counts["text"] = text_of(tokenizer, ids)
             if origins:
                 counts["origins"] = origins
                 counts["pieces"] = pieces(tokenizer, ids)
@@ -250,6 +248,11 @@ class Run:
             row["gap"] = (logits[wanted[index]] - logits[found[index]]).item()
             row["tie"] = row["gap"] <= _TIE_STEPS * step
         return row
+
+
+def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
+    """Returns the text of token ids, without special tokens."""
+    return tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
