@@ -48,9 +48,13 @@ def wiki_paragraphs(path: Path) -> list[str]:
 
 
 def passages(paragraphs: list[str], rng: random.Random, count: int, low: int, high: int):
-    """Runs of neighbouring paragraphs, between ``low`` and ``high`` characters each."""
+    """Runs of neighbouring paragraphs, between ``low`` and ``high`` characters each.
+
+    One in eight is up to twice as long: an answer to a long input costs many times a short one's.
+    """
     for _ in range(count):
         size, at, text = rng.randint(low, high), rng.randrange(len(paragraphs)), ""
+        size = round(size * (rng.uniform(1, 2) if rng.random() < 0.125 else 1))
         while len(text) < size:
             text += ("\n" if text else "") + paragraphs[at % len(paragraphs)]
             at += 1
@@ -60,9 +64,9 @@ def passages(paragraphs: list[str], rng: random.Random, count: int, low: int, hi
 def made_up(dolly: list[dict], paragraphs: list[str], rng: random.Random) -> list[dict]:
     """Long-input tasks from Dolly's contexts and WikiText."""
     rows = []
-    contexts = [d for d in dolly if 500 <= len(d["context"]) <= 3500]
+    contexts = [d for d in dolly if 400 <= len(d["context"]) <= 2000]
     texts = [d["context"] for d in rng.sample(contexts, 1000)]
-    texts += passages(paragraphs, rng, 1600, 800, 3600)
+    texts += passages(paragraphs, rng, 1200, 500, 1800)
     for i, text in enumerate(texts):
         ask = f"Summarize: {text}" if rng.random() < 0.8 else f"{text}\n\nSummarize this text."
         rows.append(chat(f"summary:{i}", "summarization", ask))
@@ -71,11 +75,11 @@ def made_up(dolly: list[dict], paragraphs: list[str], rng: random.Random) -> lis
     for i, d in enumerate(asked):
         parts = [d["context"]]
         if rng.random() < 0.5:  # a second passage, as retrieval brings them
-            parts += passages(paragraphs, rng, 1, 400, 1200)
+            parts += passages(paragraphs, rng, 1, 300, 700)
             rng.shuffle(parts)
         rows.append(chat(f"rag:{i}", "rag", "\n".join([*parts, d["instruction"]])))
     open_questions = [d["instruction"] for d in dolly if d["category"] == "open_qa"]
-    texts = passages(paragraphs, rng, 700, 1200, 3200)
+    texts = passages(paragraphs, rng, 500, 600, 1800)
     for i, text in enumerate(texts):  # the passages may not hold the answer: that occurs, too
         rows.append(chat(f"rag-open:{i}", "rag", f"{text}\n{rng.choice(open_questions)}"))
 

@@ -15,7 +15,7 @@ same *list* of requests gives the same texts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -107,7 +107,7 @@ class BatchDecoder:
                 rows = free[: len(group)]
             else:
                 if not pending:
-                    batch.drop_idle_groups()
+                    batch.drop_free_rows()
                 rows = batch.active_rows()
                 h = batch.step()[rows]
             ended = []
@@ -150,6 +150,13 @@ class _Group:
         self.keys = [F.pad(k, more).contiguous() for k in self.keys]
         self.values = [F.pad(v, more).contiguous() for v in self.values]
         self.capacity = size
+
+    def keep(self, places: list[int]) -> None:
+        """Only these rows are left."""
+        index = torch.tensor(places, device=self.keys[0].device)
+        self.keys = [k[index] for k in self.keys]
+        self.values = [v[index] for v in self.values]
+        self.rows = len(places)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, at: Tensor, mask: Tensor):
         """One new token a row, written at ``at`` and attending to all that is not masked.
@@ -208,7 +215,8 @@ class _Batch:
     def free_rows(self) -> list[int]:
         """Free rows, those beside the longest texts first: long prompts belong together."""
         free = [row for row, index in enumerate(self.request) if index < 0]
-        return sorted(free, key=lambda row: -self.groups[row // _GROUP].capacity)
+        sizes = [g.capacity for g in self.groups for _ in range(g.rows)]
+        return sorted(free, key=lambda row: -sizes[row])
 
     def active_rows(self) -> list[int]:
         return [row for row, index in enumerate(self.request) if index >= 0]
@@ -239,10 +247,11 @@ class _Batch:
                 generator = torch.Generator().manual_seed(request.seed)
                 self.uniforms[row] = torch.rand(request.max_new_tokens, generator=generator)
         self._reserve()
+        places = [(group, place) for group in self.groups for place in range(group.rows)]
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             for i, row in enumerate(rows):
-                group, place, length = self.groups[row // _GROUP], row % _GROUP, self.lengths[row]
+                (group, place), length = places[row], self.lengths[row]
                 group.keys[layer][place, :, :length] = k[i, :length].transpose(0, 1)
                 group.values[layer][place, :, :length] = v[i, :length].transpose(0, 1)
             return trunk.attend_causally(layer, q, k, v)
@@ -305,21 +314,38 @@ class _Batch:
             self.counts[row] += 1
         return tokens.tolist()
 
-    def drop_idle_groups(self) -> None:
-        """Forgets groups without an active row; for when no more prompts come."""
-        starts = range(0, self.rows, _GROUP)
-        keep = [s for s in starts if any(i >= 0 for i in self.request[s : s + _GROUP])]
-        if len(keep) == len(self.groups):
+    def drop_free_rows(self) -> None:
+        """Forgets the free rows of groups where they are many; for when no more prompts come."""
+        kept, groups = [], []
+        for start, group in self._parts():
+            active = [i for i in range(group.rows) if self.request[start + i] >= 0]
+            if not active:
+                continue
+            if len(active) <= 0.75 * group.rows:
+                group.keep(active)
+            else:
+                active = list(range(group.rows))
+            groups.append(group)
+            kept += [start + i for i in active]
+        if len(kept) == self.rows:
             return
-        self.groups = [self.groups[s // _GROUP] for s in keep]
+        self.groups = groups
         for name in ("request", "last", "lengths", "temperatures", "uniforms", "counts"):
             values = getattr(self, name)
-            setattr(self, name, [v for s in keep for v in values[s : s + _GROUP]])
+            setattr(self, name, [values[row] for row in kept])
 
     def _reserve(self) -> None:
         """Every group has room for one more token in each of its rows."""
-        for i, group in enumerate(self.groups):
-            group.reserve(max(self.lengths[i * _GROUP : (i + 1) * _GROUP]) + 1)
+        for start, group in self._parts():
+            group.reserve(max(self.lengths[start : start + group.rows]) + 1)
+
+    def _parts(self) -> Iterator[tuple[int, _Group]]:
+        """Each group with the number of its first row."""
+        start = 0
+        for group in list(self.groups):
+            rows = group.rows  # before the caller changes it
+            yield start, group
+            start += rows
 
 
 def _argmax(logits: Tensor) -> Tensor:
