@@ -35,10 +35,14 @@ def conditions(document: Document) -> str:
         f"{made['threads']} threads, torch {made['torch']}, "
         f"transformers {made['transformers']}, hispec {made['hispec']} "
         f"({made['commit'] or 'no commit'}), {made['date'][:10]}.",
+        f"Memory: weights {made['weight_bytes'] / 1e6:,.0f} MB, "
+        f"{made['kv_bytes_per_token'] / 1e3:.1f} kB of KV a token; this machine reads "
+        f"{made['read_gb_per_s']:.1f} GB/s. Narrow passes: {made['passes']}"
+        + (f" ({made['why_not_compiled']})." if made["why_not_compiled"] else "."),
         f"{document['answers']} answers to {asked['prompts']} ({asked['number_of_prompts']} "
         f"prompts), up to {asked['max_new_tokens']} new tokens, greedy, batch 1, "
-        f"{asked['repeats']} repeats. Baseline: `{document['baseline']}`, the faster of plain "
-        f"decoding in exact and in fast numerics; speed-up is the ratio of total decode times, "
+        f"{asked['repeats']} repeats. Baseline: `{document['baseline']}`, the fastest plain "
+        f"decoding of our own; speed-up is the ratio of total decode times, "
         f"with a 95 % bootstrap interval.",
     ]
     if drift:
@@ -55,7 +59,12 @@ def conditions(document: Document) -> str:
 
 
 def methods_table(document: Document) -> str:
-    """Returns one row a method."""
+    """Returns the table of methods."""
+    return table(*method_rows(document))
+
+
+def method_rows(document: Document) -> tuple[list[str], list[list[str]]]:
+    """Returns heads and one row a method."""
     rows = []
     for name, entry in document["methods"].items():
         differs = str(entry["mismatched_prompts"])
@@ -89,7 +98,7 @@ def methods_table(document: Document) -> str:
         "bandwidth",
         "answers that differ",
     ]
-    return table(head, rows)
+    return head, rows
 
 
 def footnotes(document: Document) -> str:
@@ -153,6 +162,13 @@ def levels_table(document: Document) -> str:
 
 def divergences_table(document: Document) -> str:
     """Returns where answers left plain decoding's, and how close the tokens were."""
+    head, rows = divergence_rows(document)
+    title = "First differing token of every answer that differs\n\n"
+    return title + table(head, rows) if rows else ""
+
+
+def divergence_rows(document: Document) -> tuple[list[str], list[list[str]]]:
+    """Returns heads and one row for each answer that differs."""
     rows = []
     for name, entry in document["methods"].items():
         for found in entry["divergences"]:
@@ -164,28 +180,28 @@ def divergences_table(document: Document) -> str:
                     str(found["position"]),
                     f"{found['expected']} / {found['found']}" if "found" in found else "length",
                     f"{found['top2_gap']:.2g}" if "top2_gap" in found else NOTHING,
-                    {True: "tie", False: "**no tie**"}.get(found.get("tie"), NOTHING),
+                    {True: "tie", False: "no tie"}.get(found.get("tie"), NOTHING),
                 ]
             )
-    if not rows:
-        return ""
-    head = ["method", "prompt", "token", "position", "ar's id / its id", "top-2 logit gap", ""]
-    return "First differing token of every answer that differs\n\n" + table(head, rows)
+    head = ["method", "prompt", "token", "position", "ar's id / its id", "top-2 logit gap", "is"]
+    return head, rows
 
 
 def rouge_table(document: Document) -> str:
     """Returns ROUGE where references exist."""
-    scores = document.get("rouge")
-    if not scores:
-        return ""
+    head, rows = rouge_rows(document)
+    return "ROUGE (F1) against the references\n\n" + table(head, rows) if rows else ""
+
+
+def rouge_rows(document: Document) -> tuple[list[str], list[list[str]]]:
+    """Returns heads and one row a method and category."""
     rows = [
         [name, category, str(entry["n"])]
         + [f"{100 * entry[key]:.1f}" for key in ("rouge1", "rouge2", "rougeL")]
-        for name, found in scores.items()
+        for name, found in (document.get("rouge") or {}).items()
         for category, entry in found.items()
     ]
-    head = ["method", "category", "n", "ROUGE-1", "ROUGE-2", "ROUGE-L"]
-    return "ROUGE (F1) against the references\n\n" + table(head, rows)
+    return ["method", "category", "n", "ROUGE-1", "ROUGE-2", "ROUGE-L"], rows
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -102,12 +102,13 @@ def device_clock(device: torch.device) -> Clock:
 
 @contextmanager
 def numerics(model: Llama, *, exact: bool) -> Iterator[None]:
-    """Inside, the model runs exact or fast numerics."""
-    before, model.exact = model.exact, exact
+    """Inside, the model runs exact or fast numerics; compiled passes know only one."""
+    before = model.exact, model.wide.exact
+    model.exact = model.wide.exact = exact
     try:
         yield
     finally:
-        model.exact = before
+        model.exact, model.wide.exact = before
 
 
 class Workbench:

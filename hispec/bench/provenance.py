@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from hispec import __version__
-from hispec.bench.recorder import head_bytes, layer_bytes
 from hispec.generation import LM
 from hispec.model.device import dtype_name
 
@@ -24,8 +23,6 @@ def collect(lm: LM) -> dict[str, Any]:
 
     model, config = lm.model, lm.model.config
     itemsize = model.dtype.itemsize
-    weights = config.num_layers * layer_bytes(config, itemsize)
-    weights += head_bytes(model, lm.head(config.num_layers))
     record: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": " ".join(["hispec", *sys.argv[1:]]),
@@ -46,7 +43,9 @@ def collect(lm: LM) -> dict[str, Any]:
         "dtype": dtype_name(model.dtype),
         "device": model.device.type,
         "layers": config.num_layers,
-        "weight_bytes": weights,
+        "passes": "torch" if model.narrow is model.wide else "compiled",
+        "why_not_compiled": model.why_not_native,
+        "weight_bytes": model.weight_bytes(),
         "kv_bytes_per_token": 2
         * config.num_layers
         * config.num_kv_heads

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from hispec.bench import markdown
+from hispec.bench import markdown, page
 from hispec.bench.folder import RunFolder, write_whole
 from hispec.bench.summary import summarize
 
@@ -19,4 +19,5 @@ def write_report(folders: Sequence[RunFolder]) -> dict[str, Any]:
     documents = [summarize(folder) for folder in folders]
     for folder, document in zip(folders, documents, strict=True):
         write_whole(folder.path / "report.md", markdown.render(document))
+        write_whole(folder.path / "report.html", page.render(document, folder.rows))
     return documents[0]

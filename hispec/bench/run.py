@@ -257,12 +257,14 @@ def text_of(tokenizer: Any, ids: Sequence[int]) -> str:
 
 def pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
     """Returns the text that each token adds; their concatenation is the text of all."""
-    shown, texts = 0, []
+    shown, held, texts = 0, 0, []
     for end in range(1, len(ids) + 1):
         text = tokenizer.decode(ids[:end], skip_special_tokens=False)
-        if text.endswith("\ufffd") and end < len(ids):
-            texts.append("")  # a part of a character: it appears with the next token
+        # A part of a character appears with the token that completes it; four bytes are the most.
+        if text.endswith("\ufffd") and end < len(ids) and held < 3:
+            held += 1
+            texts.append("")
             continue
         texts.append(text[shown:])
-        shown = len(text)
+        shown, held = len(text), 0
     return texts

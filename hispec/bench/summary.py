@@ -156,10 +156,8 @@ class Summary:
             if len(times) > 1:
                 halves[0].append(times[0::2])
                 halves[1].append(times[1::2])
-        if not halves[0]:
-            return Ratio(1.0, 1.0, 1.0)
-        noise = ratio(*halves)
-        return Ratio(1.0, noise.low, noise.high)
+        noise = ratio(*halves) if halves[0] else self.drift()
+        return Ratio(1.0, noise.low, noise.high) if noise else Ratio(1.0, 1.0, 1.0)
 
     def _scaled(
         self, item: str, rows: Sequence[Row], seconds: Callable[[Row, float], float]
