@@ -408,7 +408,7 @@ def load(
     with torch.inference_mode():
         llama = Llama.load(checkpoint, choice.dtype, choice.device, exact=exact)
         if exact:
-            llama.wide.min_width = cached_min_width(llama)
+            llama.narrow.min_width = cached_min_width(llama)
     return LM(checkpoint, llama, trained)
 
 

@@ -74,7 +74,7 @@ def main(args: argparse.Namespace) -> int:
     bench, methods = build(lm, names, gguf_of(args.model), exact=exact)
     out = Path(args.out) if args.out else default_folder("bench", args.model)
     folder = execute(plan, out, bench, methods)
-    document = write_report([folder])
+    document = write_report(folder)
     print((folder.path / "report.md").read_text())
     print(f"The report with pictures: {folder.path / 'report.html'}", file=sys.stderr)
     if args.json:

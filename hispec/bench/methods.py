@@ -21,6 +21,7 @@ from hispec.generation import LM
 from hispec.hierarchy import AR, MAX_WIDTH, Hierarchy
 from hispec.model.cache import Cache
 from hispec.model.llama import Llama
+from hispec.model.passes import TorchPasses
 from hispec.sampling import Sampling
 
 #: Seconds from an arbitrary start; waits for the device first.
@@ -103,12 +104,16 @@ def device_clock(device: torch.device) -> Clock:
 @contextmanager
 def numerics(model: Llama, *, exact: bool) -> Iterator[None]:
     """Inside, the model runs exact or fast numerics; compiled passes know only one."""
-    before = model.exact, model.wide.exact
-    model.exact = model.wide.exact = exact
+    before, model.exact = model.exact, exact
+    passes = [p for p in (model.narrow, model.wide) if isinstance(p, TorchPasses)]
+    for p in passes:
+        p.exact = exact
     try:
         yield
     finally:
-        model.exact, model.wide.exact = before
+        model.exact = before
+        for p in passes:
+            p.exact = before
 
 
 class Workbench:

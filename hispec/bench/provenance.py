@@ -15,6 +15,7 @@ import torch
 from hispec import __version__
 from hispec.generation import LM
 from hispec.model.device import dtype_name
+from hispec.model.passes import TorchPasses
 
 
 def collect(lm: LM) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def collect(lm: LM) -> dict[str, Any]:
         "dtype": dtype_name(model.dtype),
         "device": model.device.type,
         "layers": config.num_layers,
-        "passes": "torch" if model.narrow is model.wide else "compiled",
+        "passes": "torch" if isinstance(model.narrow, TorchPasses) else "compiled",
         "why_not_compiled": model.why_not_native,
         "weight_bytes": model.weight_bytes(),
         "kv_bytes_per_token": 2

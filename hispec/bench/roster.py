@@ -14,6 +14,7 @@ from hispec.bench.methods import Clock, Engine, Method, Workbench, numerics
 from hispec.errors import UsageError
 from hispec.generation import LM
 from hispec.hierarchy import AR, MAX_WIDTH, PRESETS, Hierarchy
+from hispec.model.passes import TorchPasses
 
 HF_NAMES = ("hf", "hf-early-exit", "hf-prompt-lookup")
 LLAMA_CPP_NAMES = ("llama-cpp", "llama-cpp-lookup")
@@ -47,12 +48,11 @@ def build(
     for name in others:
         if name not in (*HF_NAMES, *LLAMA_CPP_NAMES):
             ours[name] = _hierarchy(lm, name)
-    exits = [exit_layer for hierarchy in ours.values() for exit_layer in hierarchy.exit_layers]
-    bench = Workbench(lm, exits, clock)
+    bench, plain = engines(lm, {}, clock, exact=exact, more_exits=ours.values())
+    if "ar-fast" in names and len(plain) == 1:
+        plain.append(Engine(bench, "ar-fast", AR, exact=False))
     hf = HFModel(lm, clock)
-    methods: list[Method] = [Engine(bench, "ar", AR)]
-    if lm.model.narrow is lm.model.wide or "ar-fast" in names:  # compiled passes are exact as fast
-        methods.append(Engine(bench, "ar-fast", AR, exact=False))
+    methods: list[Method] = plain
     for name in others:
         if name in ours:
             row = Path(name).stem if name.endswith(".json") else name

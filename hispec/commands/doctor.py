@@ -32,14 +32,11 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from hispec.model.device import choose, dtype_name
-    from hispec.model.linear import packing_available
     from hispec.model.store import cache_dir
 
     choice = choose(args.device, args.dtype)
     _row("device", f"{choice.device.type}, {dtype_name(choice.dtype)} ({choice.reason})")
     if choice.device.type == "cpu":
-        packed = packing_available(choice.device, choice.dtype)
-        _row("products", "packed for oneDNN" if packed else "plain F.linear: no packing here")
         _row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
     else:
         _row("gpu", torch.cuda.get_device_name())
@@ -72,8 +69,13 @@ def _model_report(args: argparse.Namespace) -> int:
         f"({per_token * config.max_positions / 2**20:.0f} MiB when full)",
     )
     why = model.why_not_native
-    _row("passes", "compiled" if why is None else f"torch, operator by operator ({why})")
-    least = model.wide.min_width
+    _row(
+        "passes",
+        f"compiled, weights in {model.layout} layout"
+        if not why
+        else f"torch, operator by operator ({why})",
+    )
+    least = model.narrow.min_width
     _row("numerics", f"exact: passes of {least} row{'s' * (least > 1)} and more round alike")
     layers = lm.exits.exit_layers if lm.exits else eighth_and_quarter(config.num_layers)
     _row("exits", f"{lm.exits.path}" if lm.exits else "none trained for these weights")

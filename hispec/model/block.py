@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hispec.model.config import ModelConfig
-from hispec.model.linear import Linear
+from hispec.model.linear import Layout, Linear
 
 
 class Block:
@@ -37,8 +37,7 @@ def read_block(
     read: Callable[[str], Tensor],
     prefix: str,
     config: ModelConfig,
-    *,
-    pack: bool = True,
+    layout: Layout = "plain",
 ) -> Block:
     """Returns the block whose tensors carry transformers' names under ``prefix``, fused.
 
@@ -46,13 +45,13 @@ def read_block(
         read: returns a tensor by name, in the dtype and on the device wanted.
         prefix: such as ``model.layers.3.``.
         config: says which projections have biases.
-        pack: reorder the weights for oneDNN; see :class:`~hispec.model.linear.Linear`.
+        layout: of the weights; see :mod:`hispec.model.linear`.
     """
 
     def fused(*names: str, bias: bool) -> Linear:
         weight = torch.cat([read(f"{prefix}{name}.weight") for name in names])
         offset = torch.cat([read(f"{prefix}{name}.bias") for name in names]) if bias else None
-        return Linear(weight, offset, pack=pack)
+        return Linear(weight, offset, layout)
 
     attention, mlp = "self_attn.", "mlp."
     return Block(

@@ -113,10 +113,8 @@ class TrainedHead:
         def read(name: str) -> Tensor:
             return tensors[name].to(device=model.device, dtype=model.dtype)
 
-        pack = model.head.packed  # the layout this model's passes read
-
         def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-            return Linear(weight, bias, pack=pack)
+            return Linear(weight, bias, model.layout)
 
         self.proj: Linear | None = None
         if "proj.weight" in tensors:
@@ -139,7 +137,7 @@ class TrainedHead:
                 attention_bias="block.self_attn.q_proj.bias" in tensors,
                 mlp_bias="block.mlp.gate_proj.bias" in tensors,
             )
-            self.block = read_block(read, "block.", config, pack=pack)
+            self.block = read_block(read, "block.", config, model.layout)
             if "block.context_k_proj.weight" in tensors:
                 names = ("block.context_k_proj.weight", "block.context_v_proj.weight")
                 self.context = linear(torch.cat([read(name) for name in names]))
@@ -198,7 +196,7 @@ class TrainedHead:
         assert self.context is not None and self.kv is not None
         deep = cache.states[self.model.config.num_layers][start:end]  # (T, D)
         kv = self._passes(end - start).project(self.context, deep, self.context_norm)
-        self.model.wide.write_context(kv, start, self.kv.keys[0], self.kv.values[0])
+        self.model.rotary.write(kv, start, self.kv.keys[0], self.kv.values[0])
 
 
 @dataclass(frozen=True)
@@ -266,11 +264,10 @@ class Exits:
         """
         file = TensorFile(self.path / f"exit_{exit_layer}.safetensors")
         tensors = {name: file.read(name) for name in file.entries}
-        tied = model.config.tie_word_embeddings
 
         def head_rows(ids: Tensor) -> Tensor:
-            if tied:
-                return model.embedding[ids]
+            if model.config.tie_word_embeddings:
+                return model.embedding.take(ids)
             rows = checkpoint.tensor("lm_head.weight")[ids.cpu()]
             return rows.to(device=model.device, dtype=model.dtype)
 

@@ -13,22 +13,18 @@ nothing but the tokens up to it, and plain decoding and speculation yield the sa
 
 from __future__ import annotations
 
-import functools
-import os
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hispec.model.block import Block, read_block
 from hispec.model.cache import Cache, KVCache
 from hispec.model.checkpoint import Checkpoint
 from hispec.model.config import ModelConfig
-from hispec.model.linear import Linear
-from hispec.model.passes import MAX_WIDTH, NativePasses, Passes, Rotary, TorchPasses
-from hispec.model.store import cache_dir
-from hispec_kernels import cpu
+from hispec.model.linear import Layout, Linear, onednn_available
+from hispec.model.native import NativePasses, native_library
+from hispec.model.passes import MAX_WIDTH, Passes, Rotary, TorchPasses
 from hispec_kernels.attention import BUCKET
 
 #: Tokens a prefill pass takes, at absolute positions, whatever the hierarchy.
@@ -40,19 +36,21 @@ class Llama:
 
     Attributes:
         config: its sizes.
-        embedding: (V, D).
+        embedding: its weight's rows are the token embeddings, (V, D); the head itself where tied.
         blocks: L of them.
         norm: (D,), before the vocabulary head.
         head: D → V.
-        wide: runs prefill, any number of rows.
-        narrow: runs everything else, up to ``MAX_WIDTH`` rows; ``wide`` itself where nothing is compiled.
-        why_not_native: why ``narrow`` is not the compiled path, or None if it is.
+        layout: of all products' weights; see :mod:`hispec.model.linear`.
+        exact: keep to shapes that round alike.
+        narrow: runs the passes of decoding, up to ``MAX_WIDTH`` rows.
+        wide: runs prefill, any number of rows; the same object where one way does both well.
+        why_not_native: why ``narrow`` is not the compiled way; empty if it is.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        embedding: Tensor,
+        embedding: Linear,
         blocks: Sequence[Block],
         norm: Tensor,
         head: Linear,
@@ -64,16 +62,20 @@ class Llama:
         self.blocks = list(blocks)
         self.norm = norm
         self.head = head
+        self.layout = head.layout
         self.exact = exact
-        self.dtype = embedding.dtype
-        self.device = embedding.device
+        self.dtype = norm.dtype
+        self.device = norm.device
         self.capacity = -(-(config.max_positions + MAX_WIDTH) // BUCKET) * BUCKET
-        rotary = Rotary(config, self.capacity)
-        self.wide = TorchPasses(config, rotary, self.dtype, self.device, exact=exact)
-        self.narrow: Passes = self.wide
+        self.rotary = Rotary(config, self.capacity)
         library, self.why_not_native = native_library(config, self.dtype, self.device)
-        if library is not None and not head.packed:
-            self.narrow = NativePasses(config, rotary, self.dtype, library)
+        self.narrow: Passes
+        if library is not None and self.layout != "onednn":
+            self.narrow = NativePasses(config, self.rotary, self.dtype, library)
+        else:
+            self.narrow = self._torch_passes()
+        # Without tiles the compiled products are no match for a library's at a prompt's widths.
+        self.wide = self.narrow if self.layout == "tiles" else self._torch_passes()
 
     # ------------------------------------------------------------------ loading
 
@@ -89,20 +91,23 @@ class Llama:
             CheckpointError: a tensor is missing, damaged, or of another shape than the config says.
         """
         config = checkpoint.config
-        # The compiled passes read weights as they are stored; oneDNN wants its own order.
-        pack = native_library(config, dtype, device)[0] is None
+        layout = best_layout(config, dtype, device)
 
         def read(name: str) -> Tensor:
             return checkpoint.tensor(name).to(device=device, dtype=dtype)
 
-        embedding = read("model.embed_tokens.weight")
         tied = config.tie_word_embeddings
-        head = Linear(embedding if tied else read("lm_head.weight"), pack=pack)
+        words = read("model.embed_tokens.weight")
+        head = Linear(words if tied else read("lm_head.weight"), layout=layout)
+        embedding = head if tied and layout != "onednn" else Linear(words)
+        del words
         blocks = [
-            read_block(read, f"model.layers.{i}.", config, pack=pack)
-            for i in range(config.num_layers)
+            read_block(read, f"model.layers.{i}.", config, layout) for i in range(config.num_layers)
         ]
         return Llama(config, embedding, blocks, read("model.norm.weight"), head, exact=exact)
+
+    def _torch_passes(self) -> TorchPasses:
+        return TorchPasses(self.config, self.rotary, self.dtype, self.device, exact=self.exact)
 
     def new_cache(self, boundaries: Sequence[int]) -> Cache:
         """Returns an empty cache for the model's whole context, states kept at ``boundaries``."""
@@ -122,8 +127,7 @@ class Llama:
         config = self.config
         heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
         block = config.hidden_size * (heads + 3 * config.intermediate_size + 2)
-        # A tied head that is packed for oneDNN is a second copy of the embedding.
-        copies = 1 if config.tie_word_embeddings and not self.head.packed else 2
+        copies = 1 if self.embedding is self.head else 2
         vocabulary = copies * config.vocab_size * config.hidden_size
         return (config.num_layers * block + vocabulary) * self.dtype.itemsize
 
@@ -174,8 +178,7 @@ class Llama:
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """Returns (T, D)."""
-        ids = torch.tensor(tokens, dtype=torch.int64, device=self.device)
-        return F.embedding(ids, self.embedding)
+        return self.embedding.take(torch.tensor(tokens, dtype=torch.int64, device=self.device))
 
     def run_layers(
         self, x: Tensor, start: int, stop: int, position: int, kv: KVCache, *, wide: bool = False
@@ -202,23 +205,9 @@ class Llama:
         return self.narrow.project(self.head, x, self.norm)
 
 
-def native_library(config: ModelConfig, dtype: torch.dtype, device: torch.device):  # noqa: ANN201
-    """Returns the compiled library for such a model, or None and the reason."""
-    if device.type != "cpu":
-        return None, "it is for CPUs"
-    if dtype not in (torch.bfloat16, torch.float32):
-        return None, f"it does not cover {dtype}"
-    group = config.num_heads // config.num_kv_heads
-    if not cpu.covers(config.hidden_size, config.intermediate_size, config.head_dim, group):
-        return None, "it covers sizes that are multiples of 32"
-    try:
-        return _library(), None
-    except cpu.BuildError as error:
-        return None, str(error)
-
-
-@functools.cache
-def _library():  # noqa: ANN202
-    if os.environ.get("HISPEC_NATIVE", "1") == "0":
-        raise cpu.BuildError("HISPEC_NATIVE=0")
-    return cpu.load_library(cache_dir() / "native")
+def best_layout(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Layout:
+    """Returns the layout of weights that decoding reads fastest on this device."""
+    library, _ = native_library(config, dtype, device)
+    if library is not None:
+        return "tiles" if dtype == torch.bfloat16 and library.bf16_tiles() else "plain"
+    return "onednn" if onednn_available(device, dtype) else "plain"

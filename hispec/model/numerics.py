@@ -33,7 +33,7 @@ def find_min_width(model: Llama) -> int:
     Raises:
         HispecError: not even two neighbouring widths agree, so exact numerics cannot be had here.
     """
-    keep, model.wide.min_width = model.wide.min_width, 1
+    keep, model.narrow.min_width = model.narrow.min_width, 1
     try:
         generator = torch.Generator().manual_seed(0)
         shape = (MAX_WIDTH, model.config.hidden_size)
@@ -57,7 +57,7 @@ def find_min_width(model: Llama) -> int:
             agree = width
         return agree
     finally:
-        model.wide.min_width = keep
+        model.narrow.min_width = keep
 
 
 def _results(model: Llama, rows: Tensor, position: int) -> tuple[Tensor, Tensor]:

@@ -1,17 +1,15 @@
-"""Two ways of running blocks over new rows of a cache, with one face.
+"""Running blocks over new rows of a cache.
 
     run(blocks, x, position, kv)      states after the blocks, their keys and values stored
     project(linear, x, norm)          a product, after RMSNorm where a norm is given
 
-:class:`TorchPasses` calls torch, operator by operator: any device, any number of rows; a prompt's
-prefill always takes it. :class:`NativePasses` is the compiled path for the narrow passes of decoding
-on a CPU (``hispec_kernels/cpu/passes.c``): one call for all layers, twice as fast.
+:class:`TorchPasses` does it operator by operator, on any device. :mod:`hispec.model.native` has the
+same face and one compiled call for all layers.
 """
 
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -22,7 +20,7 @@ from hispec.model.block import Block
 from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig, rope_frequencies
 from hispec.model.linear import Linear
-from hispec_kernels import cpu, decode_attention, rms_norm, rope_write, rotate, swiglu
+from hispec_kernels import decode_attention, rms_norm, rope_write, rotate, swiglu
 from hispec_kernels.attention import BUCKET, ROWS
 
 #: The widest pass of a round: the root and the tokens drafted after it.
@@ -34,9 +32,11 @@ class Passes(Protocol):
 
     Attributes:
         state_dtype: dtype of hidden states between calls.
+        min_width: the narrowest pass that rounds like all wider ones.
     """
 
     state_dtype: torch.dtype
+    min_width: int
 
     def run(
         self, blocks: Sequence[Block], x: Tensor, position: int, kv: KVCache, first: int
@@ -66,6 +66,22 @@ class Rotary:
         cos, sin = angles.cos() * factor, angles.sin() * factor
         self.cos = torch.cat([cos, cos], -1)
         self.sin = torch.cat([-sin, sin], -1)
+
+    def write(self, kv: Tensor, position: int, keys: Tensor, values: Tensor) -> None:
+        """After the call ``keys`` and ``values`` hold projected states at ``position`` and on.
+
+        Args:
+            kv: (T, 2 H_kv D_h), key heads then value heads, not yet rotated.
+            position: absolute position of the first row.
+            keys: (H_kv, S, D_h).
+            values: likewise.
+        """
+        end, (heads, _, size) = position + kv.shape[0], keys.shape
+        cos = self.cos[position:end, None].to(kv.device)
+        sin = self.sin[position:end, None].to(kv.device)
+        fresh, carried = kv.view(-1, 2 * heads, size).split(heads, dim=1)  # (T, H_kv, D_h) each
+        keys[:, position:end] = rotate(fresh.float(), cos, sin).transpose(0, 1)
+        values[:, position:end] = carried.transpose(0, 1)
 
 
 class _Described(NamedTuple):
@@ -128,22 +144,6 @@ class TorchPasses:
             x = rms_norm(x, norm, self.config.rms_norm_eps)
         return linear(x)[:rows]
 
-    def write_context(self, kv: Tensor, position: int, keys: Tensor, values: Tensor) -> None:
-        """After the call ``keys`` and ``values`` hold projected states at ``position`` and on.
-
-        Args:
-            kv: (T, 2 H_kv D_h), key heads then value heads, not yet rotated.
-            position: absolute position of the first row.
-            keys: (H_kv, S, D_h).
-            values: likewise.
-        """
-        end = position + kv.shape[0]
-        heads = kv.to(self.state_dtype).view(kv.shape[0], -1, self.config.head_dim)
-        fresh, carried = heads.split(self.config.num_kv_heads, dim=1)  # (T, H_kv, D_h) each
-        fresh = rotate(fresh, self._cos[position:end], self._sin[position:end])
-        keys[:, position:end] = fresh.transpose(0, 1)
-        values[:, position:end] = carried.transpose(0, 1)
-
     def _run_block(
         self, block: Block, x: Tensor, at: _Described, keys: Tensor, values: Tensor
     ) -> Tensor:
@@ -202,143 +202,3 @@ class TorchPasses:
         return torch.zeros(behind.shape, dtype=dtype, device=device).masked_fill_(
             behind, -torch.inf
         )
-
-
-class NativePasses:
-    """Blocks run by the compiled library: weights and cache in the model's dtype, states in fp32.
-
-    Exact at every width; see ``passes.c``. Takes up to ``MAX_WIDTH`` rows.
-    """
-
-    state_dtype = torch.float32
-
-    def __init__(self, config: ModelConfig, rotary: Rotary, dtype: torch.dtype, library) -> None:  # noqa: ANN001
-        self._config = config
-        self._cos, self._sin = rotary.cos, rotary.sin
-        kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-        self._run = getattr(library, f"run_layers_{kind}")
-        self._project = getattr(library, f"project_{kind}")
-        self._scratch = torch.empty(0)
-        # A cache's layers as the library wants them; the fp32 norms live as long as the table.
-        self._tables: weakref.WeakKeyDictionary[KVCache, _Table] = weakref.WeakKeyDictionary()
-        self._norms: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def run(
-        self, blocks: Sequence[Block], x: Tensor, position: int, kv: KVCache, first: int
-    ) -> Tensor:
-        """See :class:`Passes`."""
-        config, width = self._config, x.shape[0]
-        table = self._tables.get(kv)
-        if table is None:
-            table = self._tables.setdefault(kv, _Table(config, kv))
-        layers = table.layers(blocks, first)
-        threads = torch.get_num_threads()
-        per_row = (2 * (config.num_heads + config.num_kv_heads)) * config.head_dim
-        per_row += config.intermediate_size + threads * config.hidden_size
-        scratch = self._room(width * per_row)
-        x = x.to(torch.float32, copy=True).contiguous()  # the library works in place
-        self._run(
-            layers,
-            len(blocks),
-            table.shape,
-            x.data_ptr(),
-            width,
-            position,
-            self._cos[position].data_ptr(),
-            self._sin[position].data_ptr(),
-            scratch,
-            threads,
-        )
-        return x
-
-    def project(self, linear: Linear, x: Tensor, norm: Tensor | None = None) -> Tensor:
-        """See :class:`Passes`; the result is fp32."""
-        width, size = x.shape
-        rows = linear.weight.shape[0]
-        x = x.to(torch.float32).contiguous()
-        out = torch.empty(width, rows)
-        threads = torch.get_num_threads()
-        norm_pointer = None if norm is None else self._wide(norm).data_ptr()
-        bias = None if linear.bias is None else self._wide(linear.bias).data_ptr()
-        self._project(
-            linear.weight.data_ptr(),
-            bias,
-            rows,
-            size,
-            norm_pointer,
-            self._config.rms_norm_eps,
-            x.data_ptr(),
-            width,
-            out.data_ptr(),
-            self._room(threads * width * size),
-            threads,
-        )
-        return out
-
-    def _wide(self, vector: Tensor) -> Tensor:
-        """The fp32 copy of a small weight, made once."""
-        kept = self._norms.get(id(vector))
-        if kept is None:
-            kept = self._norms[id(vector)] = (vector, vector.float().contiguous())
-        return kept[1]
-
-    def _room(self, floats: int) -> int:
-        """The address of at least that much scratch memory, aligned to a cache line."""
-        if self._scratch.numel() < floats + 16:
-            self._scratch = torch.empty(floats + 16)
-        address = self._scratch.data_ptr()
-        return address + (-address) % 64
-
-
-class _Table:
-    """Addresses of a cache's layers and of the blocks that use them, as ``layer_t`` wants them."""
-
-    def __init__(self, config: ModelConfig, kv: KVCache) -> None:
-        keys = kv.keys[0]
-        self.shape = cpu.Shape(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            keys.stride(0),
-            config.rms_norm_eps,
-            1.0 / math.sqrt(config.head_dim),
-        )
-        self._places = [
-            (k.data_ptr(), v.data_ptr()) for k, v in zip(kv.keys, kv.values, strict=True)
-        ]
-        self._layers = (cpu.Layer * len(self._places))()
-        self._blocks: list[Block | None] = [None] * len(self._places)
-        self._kept: list[Tensor] = []
-
-    def layers(self, blocks: Sequence[Block], first: int) -> int:
-        """Returns the address of the ``first`` layer's record, filled in for ``blocks``."""
-        for index, block in enumerate(blocks, first):
-            if self._blocks[index] is not block:
-                self._fill(index, block)
-        return cpu.address(self._layers, first)
-
-    def _fill(self, index: int, block: Block) -> None:
-        def wide(vector: Tensor | None) -> int | None:
-            if vector is None:
-                return None
-            self._kept.append(vector.float().contiguous())
-            return self._kept[-1].data_ptr()
-
-        keys, values = self._places[index]
-        self._layers[index] = cpu.Layer(
-            block.qkv.weight.data_ptr(),
-            block.output.weight.data_ptr(),
-            block.gate_up.weight.data_ptr(),
-            block.down.weight.data_ptr(),
-            wide(block.attention_norm),
-            wide(block.mlp_norm),
-            wide(block.qkv.bias),
-            wide(block.output.bias),
-            wide(block.gate_up.bias),
-            wide(block.down.bias),
-            keys,
-            values,
-        )
-        self._blocks[index] = block

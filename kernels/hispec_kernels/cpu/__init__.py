@@ -100,6 +100,8 @@ def load_library(folder: Path) -> ctypes.CDLL:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise BuildError(f"{path} cannot be loaded: {error}") from None
+    if not library.amx_allowed():
+        raise BuildError("the kernel does not grant AMX registers")
     pointer, size, real, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     shape = ctypes.POINTER(Shape)
     for kind in ("bf16", "fp32"):

@@ -1,15 +1,33 @@
 /* See passes.c. STORE_T is the type weights and cache are stored in; NAME(x) appends it to a name.
 
-   Operands of bf16 products are kept "split": of every 32 values the 16 even ones, then the 16 odd
-   ones, because a vector of 32-bit words holds an even bf16 in its low half and an odd one in its
-   high half. AT(k) is where value k lies. */
+   A vector of 32-bit words holds an even bf16 in its low half and an odd one in its high half. What
+   is multiplied with such vectors is kept "split": of every 32 values the 16 even ones, then the 16
+   odd ones; SPLIT_AT(k) is where value k lies.
 
+   An operand is what a product multiplies weights with: `width` vectors of n values, laid out for the
+   instructions at hand. With AMX, 16 vectors are interleaved in pairs of values as a tile wants them. */
+
+#define AMX (BF16 && HAS_AMX)
 #if BF16
-#define AT(k) (((k) & ~31) + (((k) & 1) << 4) + (((k) & 31) >> 1))
+#define SPLIT_AT(k) (((k) & ~31) + (((k) & 1) << 4) + (((k) & 31) >> 1))
 #else
-#define AT(k) (k)
+#define SPLIT_AT(k) (k)
 #endif
 #define STEP 32 /* values a turn of a dot product takes */
+
+#if AMX
+typedef uint16_t NAME(operand);
+#define OPERAND_FLOATS(width, n) (((width) + TILE - 1) / TILE * TILE * (n) / 2)
+static inline void NAME(put)(NAME(operand) * x, int64_t n, int64_t t, int64_t k, float value) {
+  x[(t / TILE) * TILE * n + (k >> 1) * 2 * TILE + ((t % TILE) << 1) + (k & 1)] = to_bf16(value);
+}
+#else
+typedef float NAME(operand);
+#define OPERAND_FLOATS(width, n) ((width) * (n))
+static inline void NAME(put)(NAME(operand) * x, int64_t n, int64_t t, int64_t k, float value) {
+  x[t * n + SPLIT_AT(k)] = value;
+}
+#endif
 
 static inline void NAME(load)(const STORE_T *p, vf *even, vf *odd) {
 #if BF16
@@ -30,6 +48,97 @@ static inline void NAME(store)(STORE_T *p, float x) {
   *p = x;
 #endif
 }
+
+#if AMX
+#define ROWS_SHARED 32 /* rows a thread takes at a time */
+
+#define AHEAD 16384 /* bytes: prefetching by hardware stops at pages, and tiles are read in order */
+
+/* sums[p][q] (16 x 16): the 16 weight rows in tiles at w[p] times operands 16 q, 16 q + 1, ...;
+   q is 0 alone if there are no more than 16. */
+static inline void NAME(panels)(const STORE_T *const w[2], const NAME(operand) * x, int64_t n,
+                                int64_t width, float sums[2][2][TILE * TILE]) {
+  _tile_zero(0);
+  _tile_zero(1);
+  if (width <= TILE) {
+    for (int64_t k = 0; k < n * TILE; k += STEP * TILE) {
+      for (int r = 0; r < TILE; r++) {
+        __builtin_prefetch((const char *)(w[0] + k) + AHEAD + 64 * r, 0, 2);
+        __builtin_prefetch((const char *)(w[1] + k) + AHEAD + 64 * r, 0, 2);
+      }
+      _tile_loadd(6, x + k, 64);
+      _tile_loadd(4, w[0] + k, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_loadd(5, w[1] + k, 64);
+      _tile_dpbf16ps(1, 5, 6);
+    }
+  } else {
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t k = 0; k < n * TILE; k += STEP * TILE) {
+      _tile_loadd(6, x + k, 64);
+      _tile_loadd(7, x + TILE * n + k, 64);
+      _tile_loadd(4, w[0] + k, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_loadd(5, w[1] + k, 64);
+      _tile_dpbf16ps(1, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(2, sums[0][1], 64);
+    _tile_stored(3, sums[1][1], 64);
+  }
+  _tile_stored(0, sums[0][0], 64);
+  _tile_stored(1, sums[1][0], 64);
+}
+
+/* y[t][row] (+)= w[row] . x[t] + bias[row] for rows first..last-1 of `total` and all operands. */
+static void NAME(product)(const STORE_T *w, const float *bias, int64_t first, int64_t last,
+                          int64_t total, int64_t n, const NAME(operand) * x, int64_t width, float *y,
+                          int add) {
+  float sums[2][2][TILE * TILE] __attribute__((aligned(64)));
+  for (int64_t row = first; row < last; row += 2 * TILE) {
+    const int lone = row + TILE >= total; /* no second panel: run the first twice */
+    const STORE_T *const panel[2] = {w + row * n, w + (lone ? row : row + TILE) * n};
+    for (int64_t from = 0; from < width; from += 2 * TILE) {
+      const int64_t some = width - from < 2 * TILE ? width - from : 2 * TILE;
+      NAME(panels)(panel, x + from * n, n, some, sums);
+      for (int p = 0; p < 2 - lone; p++)
+        for (int64_t r = 0; r < TILE && row + p * TILE + r < last; r++) {
+          const int64_t at = row + p * TILE + r;
+          const float b = bias ? bias[at] : 0.0f;
+          for (int64_t t = 0; t < some; t++) {
+            float *cell = y + (from + t) * total + at;
+            *cell = (add ? *cell : 0.0f) + (sums[p][t / TILE][r * TILE + t % TILE] + b);
+          }
+        }
+    }
+  }
+}
+
+/* Operand hidden: silu(gate_i . x[t]) * (up_i . x[t]) for i in first..last-1 of `total`. */
+static void NAME(gated)(const STORE_T *w, const float *bias, int64_t first, int64_t last,
+                        int64_t total, int64_t n, const NAME(operand) * x, int64_t width,
+                        NAME(operand) * hidden) {
+  float sums[2][2][TILE * TILE] __attribute__((aligned(64)));
+  for (int64_t i = first; i < last; i += TILE) {
+    const STORE_T *const panel[2] = {w + i * n, w + (total + i) * n};
+    for (int64_t from = 0; from < width; from += 2 * TILE) {
+      const int64_t some = width - from < 2 * TILE ? width - from : 2 * TILE;
+      NAME(panels)(panel, x + from * n, n, some, sums);
+      for (int64_t r = 0; r < TILE; r++) {
+        const float bg = bias ? bias[i + r] : 0.0f, bu = bias ? bias[total + i + r] : 0.0f;
+        for (int64_t t = 0; t < some; t++) {
+          const int64_t cell = r * TILE + t % TILE;
+          NAME(put)(hidden, total, from + t, i + r,
+                    silu(sums[0][t / TILE][cell] + bg) * (sums[1][t / TILE][cell] + bu));
+        }
+      }
+    }
+  }
+}
+#else
+#define ROWS_SHARED 4
 
 /* out[r][t] = row r of the weights times operand t, for 4 rows and T operands. */
 static inline __attribute__((always_inline)) void NAME(dots)(
@@ -72,9 +181,10 @@ static inline void NAME(dots_any)(const STORE_T *const w[4], const float *x, int
   }
 }
 
-/* y[t][row] (+)= w[row] . x[t] + bias[row] for rows first..last-1 and all operands. */
-static void NAME(product)(const STORE_T *w, const float *bias, int64_t first, int64_t last, int64_t n,
-                          const float *x, int64_t width, float *y, int64_t ldy, int add) {
+/* y[t][row] (+)= w[row] . x[t] + bias[row] for rows first..last-1 of `total` and all operands. */
+static void NAME(product)(const STORE_T *w, const float *bias, int64_t first, int64_t last,
+                          int64_t total, int64_t n, const NAME(operand) * x, int64_t width, float *y,
+                          int add) {
   for (int64_t row = first; row < last; row += 4) {
     const STORE_T *rows[4];
     for (int r = 0; r < 4; r++) rows[r] = w + (row + r < last ? row + r : last - 1) * n;
@@ -85,7 +195,7 @@ static void NAME(product)(const STORE_T *w, const float *bias, int64_t first, in
       for (int r = 0; r < 4 && row + r < last; r++) {
         const float b = bias ? bias[row + r] : 0.0f;
         for (int u = 0; u < T; u++) {
-          float *cell = y + (t + u) * ldy + row + r;
+          float *cell = y + (t + u) * total + row + r;
           *cell = (add ? *cell : 0.0f) + (out[r][u] + b);
         }
       }
@@ -93,9 +203,10 @@ static void NAME(product)(const STORE_T *w, const float *bias, int64_t first, in
   }
 }
 
-/* hidden[t][AT(i)] = silu(gate_i . x[t]) * (up_i . x[t]) for i in first..last-1. */
+/* Operand hidden: silu(gate_i . x[t]) * (up_i . x[t]) for i in first..last-1 of `total`. */
 static void NAME(gated)(const STORE_T *w, const float *bias, int64_t first, int64_t last,
-                        int64_t total, int64_t n, const float *x, int64_t width, float *hidden) {
+                        int64_t total, int64_t n, const NAME(operand) * x, int64_t width,
+                        NAME(operand) * hidden) {
   for (int64_t i = first; i < last; i += 2) {
     const int64_t j = i + 1 < last ? i + 1 : i;
     const STORE_T *rows[4] = {w + i * n, w + j * n, w + (total + i) * n, w + (total + j) * n};
@@ -106,15 +217,17 @@ static void NAME(gated)(const STORE_T *w, const float *bias, int64_t first, int6
       for (int r = 0; r < 2 && i + r < last; r++) {
         const float bg = bias ? bias[i + r] : 0.0f, bu = bias ? bias[total + i + r] : 0.0f;
         for (int u = 0; u < T; u++)
-          hidden[(t + u) * total + AT(i + r)] = silu(out[r][u] + bg) * (out[r + 2][u] + bu);
+          NAME(put)(hidden, total, t + u, i + r, silu(out[r][u] + bg) * (out[r + 2][u] + bu));
       }
     }
   }
 }
 
-/* y[t][AT(d)] = x[t][d] / rms(x[t]) * weight[d] */
+#endif
+
+/* Operand y: x[t][d] / rms(x[t]) * weight[d] */
 static void NAME(normed)(const float *x, const float *weight, int64_t width, int64_t n, float eps,
-                         float *y) {
+                         NAME(operand) * y) {
   for (int64_t t = 0; t < width; t++) {
     const float *row = x + t * n;
     vf sum = splat(0.0f);
@@ -124,7 +237,7 @@ static void NAME(normed)(const float *x, const float *weight, int64_t width, int
       sum += v * v;
     }
     const float factor = 1.0f / sqrtf(lanes_sum(sum) / (float)n + eps);
-    for (int64_t k = 0; k < n; k++) y[t * n + AT(k)] = row[k] * factor * weight[k];
+    for (int64_t k = 0; k < n; k++) NAME(put)(y, n, t, k, row[k] * factor * weight[k]);
   }
 }
 
@@ -135,17 +248,18 @@ static inline float NAME(turned)(const float *x, const float *cos, const float *
   return x[d] * cos[d] + x[d < half ? d + half : d - half] * sin[d];
 }
 
-/* Attention of one new row's query heads that share a KV head, over positions 0..position. */
-static void NAME(attend)(const float *qkv, const float *cos, const float *sin, const STORE_T *keys,
-                         const STORE_T *values, int64_t position, int64_t group, int64_t dim,
-                         float scale, float *mixed) {
+/* Attention of new row t's query heads that share a KV head, over positions 0..position, written to
+   the operand mixed (of n values) from value `offset` on. */
+static inline __attribute__((always_inline)) void NAME(attend)(const float *qkv, const float *cos, const float *sin, const STORE_T *keys,
+                         const STORE_T *values, int64_t position, const int64_t group, int64_t dim,
+                         float scale, NAME(operand) * mixed, int64_t n, int64_t t, int64_t offset) {
   float q[MAX_GROUP][MAX_HEAD] __attribute__((aligned(64)));
   float score[MAX_GROUP][SPLIT] __attribute__((aligned(64)));
   float sum[MAX_GROUP][MAX_HEAD] __attribute__((aligned(64)));
   float most[MAX_GROUP], weight[MAX_GROUP];
   for (int64_t g = 0; g < group; g++) {
     for (int64_t d = 0; d < dim; d++)
-      q[g][AT(d)] = NAME(turned)(qkv + g * dim, cos, sin, d, dim) * scale;
+      q[g][SPLIT_AT(d)] = NAME(turned)(qkv + g * dim, cos, sin, d, dim) * scale;
     memset(sum[g], 0, dim * sizeof(float));
     most[g] = -INFINITY;
     weight[g] = 0.0f;
@@ -201,36 +315,56 @@ static void NAME(attend)(const float *qkv, const float *cos, const float *sin, c
       }
     }
   }
-  /* sum lies split by head; heads follow one another, and D_h is a multiple of 32. */
   for (int64_t g = 0; g < group; g++)
-    for (int64_t d = 0; d < dim; d += LANES)
-      *(vf *)(mixed + g * dim + d) = *(vf *)(sum[g] + d) / weight[g];
+    for (int64_t d = 0; d < dim; d++)
+      NAME(put)(mixed, n, t, offset + g * dim + d, sum[g][SPLIT_AT(d)] / weight[g]);
+}
+
+/* Calls attend with the group a constant where it is a common one, so that sums stay in registers. */
+static void NAME(attend_any)(const float *qkv, const float *cos, const float *sin, const STORE_T *keys,
+                             const STORE_T *values, int64_t position, int64_t group, int64_t dim,
+                             float scale, NAME(operand) * mixed, int64_t n, int64_t t, int64_t offset) {
+  switch (group) {
+    case 1: NAME(attend)(qkv, cos, sin, keys, values, position, 1, dim, scale, mixed, n, t, offset); break;
+    case 2: NAME(attend)(qkv, cos, sin, keys, values, position, 2, dim, scale, mixed, n, t, offset); break;
+    case 3: NAME(attend)(qkv, cos, sin, keys, values, position, 3, dim, scale, mixed, n, t, offset); break;
+    case 4: NAME(attend)(qkv, cos, sin, keys, values, position, 4, dim, scale, mixed, n, t, offset); break;
+    case 8: NAME(attend)(qkv, cos, sin, keys, values, position, 8, dim, scale, mixed, n, t, offset); break;
+    default: NAME(attend)(qkv, cos, sin, keys, values, position, group, dim, scale, mixed, n, t, offset);
+  }
 }
 
 /* Runs `count` blocks over `width` rows at `position`, `position` + 1, ...
 
    x        (W, D) fp32, in and out
    cos, sin (W, D_h), the first half of sin negated
-   scratch  W * ((H + 2 H_kv + H) * D_h + I) + threads * W * D floats, 64-byte aligned */
+   scratch  (W + 16) * ((2 H + 2 H_kv) * D_h + I + threads * D) floats, 64-byte aligned */
 void NAME(run_layers)(const layer_t *layers, int64_t count, const shape_t *shape, float *x,
                       int64_t width, int64_t position, const float *cos, const float *sin,
                       float *scratch, int threads) {
   const int64_t D = shape->hidden, I = shape->intermediate, dim = shape->head_dim;
   const int64_t HK = shape->kv_heads, G = shape->heads / HK, HD = shape->heads * dim;
   const int64_t QKV = HD + 2 * HK * dim;
-  float *qkv = scratch, *mixed = qkv + width * QKV, *hidden = mixed + width * HD;
-  float *norms = hidden + width * I;
+  float *qkv = scratch;
+  NAME(operand) *mixed = (NAME(operand) *)(qkv + width * QKV);
+  NAME(operand) *hidden = (NAME(operand) *)((float *)mixed + OPERAND_FLOATS(width, HD));
+  float *norms = (float *)hidden + OPERAND_FLOATS(width, I);
 #pragma omp parallel num_threads(threads)
   {
     const int id = omp_get_thread_num(), team = omp_get_num_threads();
-    float *normed = norms + id * width * D;
-#define FROM(n) share((n) / 4, id, team) * 4
-#define UPTO(n) (id + 1 == team ? (n) : share((n) / 4, id + 1, team) * 4)
+    NAME(operand) *normed = (NAME(operand) *)(norms + id * OPERAND_FLOATS(width, D));
+#define UNITS(n) (((n) + ROWS_SHARED - 1) / ROWS_SHARED)
+#define LEAST(a, b) ((a) < (b) ? (a) : (b))
+#define FROM(n) LEAST(n, share(UNITS(n), id, team) * ROWS_SHARED)
+#define UPTO(n) LEAST(n, share(UNITS(n), id + 1, team) * ROWS_SHARED)
+#if AMX
+    tiles_on();
+#endif
     for (int64_t i = 0; i < count; i++) {
       const layer_t *layer = layers + i;
       STORE_T *keys = layer->keys, *values = layer->values;
       NAME(normed)(x, layer->attention_norm, width, D, shape->eps, normed);
-      NAME(product)(layer->qkv, layer->qkv_bias, FROM(QKV), UPTO(QKV), D, normed, width, qkv, QKV, 0);
+      NAME(product)(layer->qkv, layer->qkv_bias, FROM(QKV), UPTO(QKV), QKV, D, normed, width, qkv, 0);
 #pragma omp barrier
       for (int64_t task = share(width * HK, id, team); task < share(width * HK, id + 1, team); task++) {
         const int64_t t = task / HK, h = task % HK;
@@ -244,19 +378,22 @@ void NAME(run_layers)(const layer_t *layers, int64_t count, const shape_t *shape
 #pragma omp barrier
       for (int64_t task = id; task < width * HK; task += team) {
         const int64_t t = task / HK, h = task % HK;
-        NAME(attend)(qkv + t * QKV + h * G * dim, cos + t * dim, sin + t * dim,
-                     keys + h * shape->kv_stride, values + h * shape->kv_stride, position + t, G, dim,
-                     shape->scale, mixed + t * HD + h * G * dim);
+        NAME(attend_any)(qkv + t * QKV + h * G * dim, cos + t * dim, sin + t * dim,
+                         keys + h * shape->kv_stride, values + h * shape->kv_stride, position + t, G,
+                         dim, shape->scale, mixed, HD, t, h * G * dim);
       }
 #pragma omp barrier
-      NAME(product)(layer->output, layer->output_bias, FROM(D), UPTO(D), HD, mixed, width, x, D, 1);
+      NAME(product)(layer->output, layer->output_bias, FROM(D), UPTO(D), D, HD, mixed, width, x, 1);
 #pragma omp barrier
       NAME(normed)(x, layer->mlp_norm, width, D, shape->eps, normed);
       NAME(gated)(layer->gate_up, layer->gate_up_bias, FROM(I), UPTO(I), I, D, normed, width, hidden);
 #pragma omp barrier
-      NAME(product)(layer->down, layer->down_bias, FROM(D), UPTO(D), I, hidden, width, x, D, 1);
+      NAME(product)(layer->down, layer->down_bias, FROM(D), UPTO(D), D, I, hidden, width, x, 1);
 #pragma omp barrier
     }
+#if AMX
+    tiles_off();
+#endif
   }
 }
 
@@ -264,22 +401,33 @@ void NAME(run_layers)(const layer_t *layers, int64_t count, const shape_t *shape
 
    x       (W, n) fp32
    y       (W, rows) fp32
-   scratch threads * W * n floats */
+   scratch threads * (W + 16) * n floats */
 void NAME(project)(const STORE_T *w, const float *bias, int64_t rows, int64_t n, const float *norm,
                    float eps, const float *x, int64_t width, float *y, float *scratch, int threads) {
 #pragma omp parallel num_threads(threads)
   {
     const int id = omp_get_thread_num(), team = omp_get_num_threads();
-    float *operand = scratch + id * width * n;
+    NAME(operand) *operand = (NAME(operand) *)(scratch + id * OPERAND_FLOATS(width, n));
+#if AMX
+    tiles_on();
+#endif
     if (norm)
       NAME(normed)(x, norm, width, n, eps, operand);
     else
       for (int64_t t = 0; t < width; t++)
-        for (int64_t k = 0; k < n; k++) operand[t * n + AT(k)] = x[t * n + k];
-    NAME(product)(w, bias, FROM(rows), UPTO(rows), n, operand, width, y, rows, 0);
+        for (int64_t k = 0; k < n; k++) NAME(put)(operand, n, t, k, x[t * n + k]);
+    NAME(product)(w, bias, FROM(rows), UPTO(rows), rows, n, operand, width, y, 0);
+#if AMX
+    tiles_off();
+#endif
   }
 }
 #undef FROM
 #undef UPTO
-#undef AT
+#undef UNITS
+#undef LEAST
+#undef AMX
+#undef SPLIT_AT
 #undef STEP
+#undef OPERAND_FLOATS
+#undef ROWS_SHARED
