@@ -196,7 +196,7 @@ class TrainedHead:
         assert self.context is not None and self.kv is not None
         deep = cache.states[self.model.config.num_layers][start:end]  # (T, D)
         kv = self._passes(end - start).project(self.context, deep, self.context_norm)
-        self.model.rotary.write(kv, start, self.kv.keys[0], self.kv.values[0])
+        self.model.narrow.store(kv, start, self.kv, 0)
 
 
 @dataclass(frozen=True)

@@ -67,7 +67,8 @@ class NativePasses:
         self, config: ModelConfig, rotary: Rotary, dtype: torch.dtype, library: ctypes.CDLL
     ) -> None:
         self._config = config
-        self._cos, self._sin = rotary.cos, rotary.sin
+        self._rotary = rotary
+        self._tiles = dtype == torch.bfloat16 and bool(library.bf16_tiles())
         kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
         self._run = getattr(library, f"run_layers_{kind}")
         self._project = getattr(library, f"project_{kind}")
@@ -97,12 +98,26 @@ class NativePasses:
             x.data_ptr(),
             width,
             position,
-            self._cos[position].data_ptr(),
-            self._sin[position].data_ptr(),
+            self._rotary.cos[position].data_ptr(),
+            self._rotary.sin[position].data_ptr(),
             scratch,
             threads,
         )
         return x
+
+    def store(self, projected: Tensor, position: int, kv: KVCache, layer: int) -> None:
+        """See :class:`~hispec.model.passes.Passes`."""
+        end = position + projected.shape[0]
+        keys, values = self._rotary.split_kv(projected, position, self._config.num_kv_heads)
+        kv.keys[layer][:, position:end] = keys.transpose(0, 1)
+        cells = kv.values[layer]
+        if not self._tiles:
+            cells[:, position:end] = values.transpose(0, 1)
+            return
+        heads, length, size = cells.shape
+        at = torch.arange(position, end)
+        blocks = cells.view(heads, length // 32, size, 32)  # a tile's rows: 32 positions of one d
+        blocks[:, at // 32, :, at % 32] = values.to(cells.dtype)  # (T, H_kv, D_h)
 
     def project(self, linear: Linear, x: Tensor, norm: Tensor | None = None) -> Tensor:
         """See :class:`Passes`; the result is fp32."""

@@ -52,6 +52,10 @@ class Passes(Protocol):
         """
         ...
 
+    def store(self, projected: Tensor, position: int, kv: KVCache, layer: int) -> None:
+        """After the call ``kv``'s layer holds projected states, (T, 2 H_kv D_h), from ``position`` on."""
+        ...
+
     def project(self, linear: Linear, x: Tensor, norm: Tensor | None = None) -> Tensor:
         """Returns ``linear(rms_norm(x, norm))``, or ``linear(x)`` without a norm: (W, out)."""
         ...
@@ -67,21 +71,22 @@ class Rotary:
         self.cos = torch.cat([cos, cos], -1)
         self.sin = torch.cat([-sin, sin], -1)
 
-    def write(self, kv: Tensor, position: int, keys: Tensor, values: Tensor) -> None:
-        """After the call ``keys`` and ``values`` hold projected states at ``position`` and on.
+    def split_kv(self, kv: Tensor, position: int, heads: int) -> tuple[Tensor, Tensor]:
+        """Returns rotated keys and values from a projection of states at ``position`` and on.
 
         Args:
             kv: (T, 2 H_kv D_h), key heads then value heads, not yet rotated.
             position: absolute position of the first row.
-            keys: (H_kv, S, D_h).
-            values: likewise.
+            heads: H_kv.
+
+        Returns:
+            Keys in fp32 and values, (T, H_kv, D_h) each.
         """
-        end, (heads, _, size) = position + kv.shape[0], keys.shape
+        end = position + kv.shape[0]
+        keys, values = kv.unflatten(1, (2 * heads, -1)).split(heads, dim=1)
         cos = self.cos[position:end, None].to(kv.device)
         sin = self.sin[position:end, None].to(kv.device)
-        fresh, carried = kv.view(-1, 2 * heads, size).split(heads, dim=1)  # (T, H_kv, D_h) each
-        keys[:, position:end] = rotate(fresh.float(), cos, sin).transpose(0, 1)
-        values[:, position:end] = carried.transpose(0, 1)
+        return rotate(keys.float(), cos, sin), values
 
 
 class _Described(NamedTuple):
@@ -116,6 +121,7 @@ class TorchPasses:
         exact: bool,
     ) -> None:
         self.config = config
+        self._rotary = rotary
         self.exact = exact
         self.min_width = 1
         self.state_dtype = dtype
@@ -143,6 +149,13 @@ class TorchPasses:
         if norm is not None:
             x = rms_norm(x, norm, self.config.rms_norm_eps)
         return linear(x)[:rows]
+
+    def store(self, projected: Tensor, position: int, kv: KVCache, layer: int) -> None:
+        """See :class:`Passes`."""
+        end = position + projected.shape[0]
+        keys, values = self._rotary.split_kv(projected, position, self.config.num_kv_heads)
+        kv.keys[layer][:, position:end] = keys.transpose(0, 1)
+        kv.values[layer][:, position:end] = values.transpose(0, 1)
 
     def _run_block(
         self, block: Block, x: Tensor, at: _Described, keys: Tensor, values: Tensor

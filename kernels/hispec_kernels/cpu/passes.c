@@ -32,7 +32,7 @@
 #endif
 
 #define LANES 16
-#define SPLIT 128     /* positions a softmax partial covers */
+#define SPLIT 128     /* positions a softmax partial covers; a cache's length is a multiple */
 #define MAX_GROUP 16  /* query heads a KV head */
 #define MAX_HEAD 256  /* D_h */
 
@@ -46,7 +46,7 @@ typedef struct {
   const void *qkv, *output, *gate_up, *down;             /* (out, in), row-major or in tiles */
   const float *attention_norm, *mlp_norm;                /* (D,) */
   const float *qkv_bias, *output_bias, *gate_up_bias, *down_bias; /* or NULL */
-  void *keys, *values;                                   /* (H_kv, S, D_h) */
+  void *keys, *values; /* (H_kv, S, D_h); with tiles, values as (H_kv, S / 32, D_h, 32) */
 } layer_t;
 
 typedef struct {
@@ -88,7 +88,23 @@ static inline vf exp_nonpositive(vf x) {
   return (vf)(bits & ~dead);
 }
 
-static inline float silu(float g) { return g / (1.0f + expf(-g)); }
+static inline vf silu(vf g) {
+  const vi negative = g < 0.0f;
+  const vf e = exp_nonpositive((vf)((vi)g | (int32_t)0x80000000)); /* exp(-|g|) */
+  const vf top = (vf)(((vi)e & negative) | ((vi)splat(1.0f) & ~negative));
+  return g * top / (e + 1.0f);
+}
+
+static inline vf larger(vf a, vf b) {
+  const vi first = a > b;
+  return (vf)(((vi)a & first) | ((vi)b & ~first));
+}
+
+/* bf16 bits of both, rounded to nearest even: low's in the low halves, high's in the high halves. */
+static inline vu bf16_pairs(vf low, vf high) {
+  const vu a = (vu)low, b = (vu)high;
+  return ((a + 0x7fffu + ((a >> 16) & 1)) >> 16) | ((b + 0x7fffu + ((b >> 16) & 1)) & 0xffff0000u);
+}
 
 static inline uint16_t to_bf16(float x) {
   uint32_t u;

@@ -21,7 +21,10 @@ typedef uint16_t NAME(operand);
 static inline void NAME(put)(NAME(operand) * x, int64_t n, int64_t t, int64_t k, float value) {
   x[(t / TILE) * TILE * n + (k >> 1) * 2 * TILE + ((t % TILE) << 1) + (k & 1)] = to_bf16(value);
 }
+/* Where the value d of position p lies among a KV head's values. */
+#define VALUE_AT(p, d, dim) ((((p) / 32) * (dim) + (d)) * 32 + (p) % 32)
 #else
+#define VALUE_AT(p, d, dim) ((p) * (dim) + (d))
 typedef float NAME(operand);
 #define OPERAND_FLOATS(width, n) ((width) * (n))
 static inline void NAME(put)(NAME(operand) * x, int64_t n, int64_t t, int64_t k, float value) {
@@ -103,15 +106,15 @@ static void NAME(product)(const STORE_T *w, const float *bias, int64_t first, in
     for (int64_t from = 0; from < width; from += 2 * TILE) {
       const int64_t some = width - from < 2 * TILE ? width - from : 2 * TILE;
       NAME(panels)(panel, x + from * n, n, some, sums);
-      for (int p = 0; p < 2 - lone; p++)
-        for (int64_t r = 0; r < TILE && row + p * TILE + r < last; r++) {
-          const int64_t at = row + p * TILE + r;
-          const float b = bias ? bias[at] : 0.0f;
-          for (int64_t t = 0; t < some; t++) {
-            float *cell = y + (from + t) * total + at;
-            *cell = (add ? *cell : 0.0f) + (sums[p][t / TILE][r * TILE + t % TILE] + b);
-          }
+      for (int p = 0; p < 2 - lone; p++) {
+        const int64_t at = row + p * TILE, rows = last - at < TILE ? last - at : TILE;
+        for (int64_t t = 0; t < some; t++) {
+          float *out = y + (from + t) * total + at;
+          const float *column = sums[p][t / TILE] + t % TILE;
+          for (int64_t r = 0; r < rows; r++)
+            out[r] = (add ? out[r] : 0.0f) + (column[r * TILE] + (bias ? bias[at + r] : 0.0f));
         }
+      }
     }
   }
 }
@@ -126,14 +129,20 @@ static void NAME(gated)(const STORE_T *w, const float *bias, int64_t first, int6
     for (int64_t from = 0; from < width; from += 2 * TILE) {
       const int64_t some = width - from < 2 * TILE ? width - from : 2 * TILE;
       NAME(panels)(panel, x + from * n, n, some, sums);
-      for (int64_t r = 0; r < TILE; r++) {
-        const float bg = bias ? bias[i + r] : 0.0f, bu = bias ? bias[total + i + r] : 0.0f;
-        for (int64_t t = 0; t < some; t++) {
-          const int64_t cell = r * TILE + t % TILE;
-          NAME(put)(hidden, total, from + t, i + r,
-                    silu(sums[0][t / TILE][cell] + bg) * (sums[1][t / TILE][cell] + bu));
+      for (int64_t r = 0; r < TILE; r += 2)
+        for (int64_t t = 0; t < some; t += TILE) { /* a row of sums is 16 operands */
+          vf gate[2], up[2];
+          for (int j = 0; j < 2; j++) {
+            gate[j] = *(vf *)(sums[0][t / TILE] + (r + j) * TILE);
+            up[j] = *(vf *)(sums[1][t / TILE] + (r + j) * TILE);
+            if (bias) {
+              gate[j] += bias[i + r + j];
+              up[j] += bias[total + i + r + j];
+            }
+          }
+          const vu pair = bf16_pairs(silu(gate[0]) * up[0], silu(gate[1]) * up[1]);
+          memcpy(hidden + (from + t) * total + (i + r) * TILE, &pair, 64);
         }
-      }
     }
   }
 }
@@ -217,7 +226,7 @@ static void NAME(gated)(const STORE_T *w, const float *bias, int64_t first, int6
       for (int r = 0; r < 2 && i + r < last; r++) {
         const float bg = bias ? bias[i + r] : 0.0f, bu = bias ? bias[total + i + r] : 0.0f;
         for (int u = 0; u < T; u++)
-          NAME(put)(hidden, total, t + u, i + r, silu(out[r][u] + bg) * (out[r + 2][u] + bu));
+          NAME(put)(hidden, total, t + u, i + r, silu(splat(out[r][u] + bg))[0] * (out[r + 2][u] + bu));
       }
     }
   }
@@ -237,7 +246,17 @@ static void NAME(normed)(const float *x, const float *weight, int64_t width, int
       sum += v * v;
     }
     const float factor = 1.0f / sqrtf(lanes_sum(sum) / (float)n + eps);
+#if AMX
+    for (int64_t k = 0; k < n; k += LANES) {
+      float scaled[LANES];
+      for (int j = 0; j < LANES; j++) scaled[j] = row[k + j] * factor * weight[k + j];
+      uint32_t *cell = (uint32_t *)(y + (t / TILE) * TILE * n + k * TILE) + t % TILE;
+      for (int j = 0; j < LANES / 2; j++)
+        cell[j * TILE] = to_bf16(scaled[2 * j]) | (uint32_t)to_bf16(scaled[2 * j + 1]) << 16;
+    }
+#else
     for (int64_t k = 0; k < n; k++) NAME(put)(y, n, t, k, row[k] * factor * weight[k]);
+#endif
   }
 }
 
@@ -248,6 +267,90 @@ static inline float NAME(turned)(const float *x, const float *cos, const float *
   return x[d] * cos[d] + x[d < half ? d + half : d - half] * sin[d];
 }
 
+#if AMX
+/* Attention of one KV head's query heads for the new rows `from`.. (TILE / G of them at most), each over
+   the positions up to its own, written to the operand mixed of n values.
+
+   A column of the score tiles is one query: 16 positions a tile, so a softmax over positions runs down
+   the tiles with 16 queries in a vector and no sum across lanes. */
+static void NAME(attend)(const float *qkv, int64_t ldq, const float *cos, const float *sin,
+                         const STORE_T *keys, const STORE_T *values, int64_t position, int64_t from,
+                         int64_t width, int64_t group, int64_t dim, float scale, int64_t head,
+                         NAME(operand) * mixed, int64_t n) {
+  uint16_t q[MAX_HEAD * TILE] __attribute__((aligned(64)));    /* [d / 2][query][d % 2] */
+  uint32_t p[SPLIT / 2 * TILE] __attribute__((aligned(64)));   /* [position / 2][query] pairs */
+  float score[SPLIT * TILE] __attribute__((aligned(64)));      /* [position][query] */
+  float part[TILE * TILE] __attribute__((aligned(64)));        /* [d][query] */
+  float sum[MAX_HEAD * TILE] __attribute__((aligned(64)));     /* [d][query] */
+  const int64_t rows = width - from < TILE / group ? width - from : TILE / group;
+  const int64_t last = position + from + rows - 1;
+  vi own = {0}; /* each query's position */
+  memset(q, 0, dim * TILE * sizeof(uint16_t));
+  memset(sum, 0, dim * TILE * sizeof(float));
+  for (int64_t t = 0; t < rows; t++)
+    for (int64_t g = 0; g < group; g++) {
+      const float *x = qkv + (from + t) * ldq + (head * group + g) * dim;
+      const int64_t column = t * group + g;
+      own[column] = (int32_t)(position + from + t);
+      for (int64_t d = 0; d < dim; d++)
+        q[(d >> 1) * 2 * TILE + 2 * column + (d & 1)] =
+            to_bf16(NAME(turned)(x, cos + (from + t) * dim, sin + (from + t) * dim, d, dim) * scale);
+    }
+  vf most = splat(-INFINITY), weight = splat(0.0f);
+  for (int64_t base = 0; base <= last; base += SPLIT) {
+    /* Whole tiles only; what lies behind a query's own position gets weight 0. */
+    const int64_t count = last + 1 - base < SPLIT ? (last + 1 - base + 31) / 32 * 32 : SPLIT;
+    for (int64_t i = 0; i < count; i += TILE) {
+      _tile_zero(0);
+      for (int64_t k = 0; k < dim; k += STEP) {
+        _tile_loadd(4, keys + (base + i) * dim + k, dim * 2);
+        _tile_loadd(6, q + k * TILE, 64);
+        _tile_dpbf16ps(0, 4, 6);
+      }
+      _tile_stored(0, score + i * TILE, 64);
+    }
+    vf top = most;
+    for (int64_t i = 0; i < count; i++) {
+      vf *row = (vf *)(score + i * TILE);
+      const vi hidden = own < (int32_t)(base + i);
+      *row = (vf)(((vi)*row & ~hidden) | ((vi)splat(-INFINITY) & hidden));
+      top = larger(top, *row);
+    }
+    /* A query that sees none of these positions keeps -inf - -inf = nan out of its exponents. */
+    const vi blind = top == -INFINITY;
+    const vf anchor = (vf)((vi)top & ~blind);
+    const vf keep = exp_nonpositive(most - anchor);
+    most = top;
+    vf total = splat(0.0f);
+    for (int64_t i = 0; i < count; i += 2) {
+      const vf even = exp_nonpositive(*(vf *)(score + i * TILE) - anchor);
+      const vf odd = exp_nonpositive(*(vf *)(score + (i + 1) * TILE) - anchor);
+      total += even;
+      total += odd;
+      *(vu *)(p + i / 2 * TILE) = bf16_pairs(even, odd);
+    }
+    weight = weight * keep + total;
+    for (int64_t d = 0; d < dim; d += TILE) {
+      _tile_zero(1);
+      for (int64_t i = 0; i < count; i += STEP) {
+        _tile_loadd(5, values + ((base + i) / 32 * dim + d) * 32, 64);
+        _tile_loadd(7, p + i / 2 * TILE, 64);
+        _tile_dpbf16ps(1, 5, 7);
+      }
+      _tile_stored(1, part, 64);
+      for (int j = 0; j < TILE; j++) {
+        vf *cell = (vf *)(sum + (d + j) * TILE);
+        *cell = *cell * keep + *(vf *)(part + j * TILE);
+      }
+    }
+  }
+  for (int64_t d = 0; d < dim; d++) *(vf *)(sum + d * TILE) /= weight;
+  for (int64_t t = 0; t < rows; t++)
+    for (int64_t g = 0; g < group; g++)
+      for (int64_t d = 0; d < dim; d++)
+        NAME(put)(mixed, n, from + t, (head * group + g) * dim + d, sum[d * TILE + t * group + g]);
+}
+#else
 /* Attention of new row t's query heads that share a KV head, over positions 0..position, written to
    the operand mixed (of n values) from value `offset` on. */
 static inline __attribute__((always_inline)) void NAME(attend)(const float *qkv, const float *cos, const float *sin, const STORE_T *keys,
@@ -333,6 +436,7 @@ static void NAME(attend_any)(const float *qkv, const float *cos, const float *si
     default: NAME(attend)(qkv, cos, sin, keys, values, position, group, dim, scale, mixed, n, t, offset);
   }
 }
+#endif
 
 /* Runs `count` blocks over `width` rows at `position`, `position` + 1, ...
 
@@ -372,16 +476,24 @@ void NAME(run_layers)(const layer_t *layers, int64_t count, const shape_t *shape
         const int64_t cell = h * shape->kv_stride + (position + t) * dim;
         for (int64_t d = 0; d < dim; d++) {
           NAME(store)(keys + cell + d, NAME(turned)(k, cos + t * dim, sin + t * dim, d, dim));
-          NAME(store)(values + cell + d, v[d]);
+          NAME(store)(values + h * shape->kv_stride + VALUE_AT(position + t, d, dim), v[d]);
         }
       }
 #pragma omp barrier
+#if AMX
+      const int64_t rows = TILE / G; /* new rows whose queries fill a tile */
+      for (int64_t task = id; task < (width + rows - 1) / rows * HK; task += team)
+        NAME(attend)(qkv, QKV, cos, sin, keys + task % HK * shape->kv_stride,
+                     values + task % HK * shape->kv_stride, position, task / HK * rows, width, G, dim,
+                     shape->scale, task % HK, mixed, HD);
+#else
       for (int64_t task = id; task < width * HK; task += team) {
         const int64_t t = task / HK, h = task % HK;
         NAME(attend_any)(qkv + t * QKV + h * G * dim, cos + t * dim, sin + t * dim,
                          keys + h * shape->kv_stride, values + h * shape->kv_stride, position + t, G,
                          dim, shape->scale, mixed, HD, t, h * G * dim);
       }
+#endif
 #pragma omp barrier
       NAME(product)(layer->output, layer->output_bias, FROM(D), UPTO(D), D, HD, mixed, width, x, 1);
 #pragma omp barrier
@@ -428,6 +540,7 @@ void NAME(project)(const STORE_T *w, const float *bias, int64_t rows, int64_t n,
 #undef LEAST
 #undef AMX
 #undef SPLIT_AT
+#undef VALUE_AT
 #undef STEP
 #undef OPERAND_FLOATS
 #undef ROWS_SHARED
