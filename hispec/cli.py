@@ -23,6 +23,8 @@ COMMANDS = {
     "generate": ("answer a prompt", "hispec.commands.generate"),
     "chat": ("talk to the model", "hispec.commands.chat"),
     "bench": ("compare methods on prompts", "hispec.bench.command"),
+    "bench report": ("rebuild a benchmark's report or compare runs", "hispec.bench.report_command"),
+    "bench sweep": ("find the best exits and windows", "hispec.bench.sweep_command"),
     "distill": ("let the model continue prompts: training data", "hispec_training.distill"),
     "train": ("add exits to a model", "hispec_training.trainer"),
     "doctor": ("show what is installed and what would be used", "hispec.commands.doctor"),
@@ -79,7 +81,8 @@ def _dispatch(arguments: list[str]) -> int:
     if arguments[0] in ("-V", "--version"):
         print(f"hispec {__version__}")
         return 0
-    name = arguments[0]
+    words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
+    name = " ".join(arguments[:words])
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, 1)
         hint = f" Did you mean {near[0]}?" if near else ""
@@ -88,7 +91,7 @@ def _dispatch(arguments: list[str]) -> int:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        extra = {"bench": "bench", "distill": "train", "train": "train"}.get(name)
+        extra = {"bench": "bench", "distill": "train", "train": "train"}.get(arguments[0])
         if extra is None or (error.name or "").startswith("hispec"):
             raise
         raise HispecError(
@@ -97,7 +100,7 @@ def _dispatch(arguments: list[str]) -> int:
     parser = Parser(prog=f"hispec {name}", description=summary.capitalize() + ".")
     module.add_arguments(parser)
     parser.add_argument("-v", "--verbose", action="store_true", help="show tracebacks")
-    return module.main(parser.parse_all(arguments[1:]))
+    return module.main(parser.parse_all(arguments[words:]))
 
 
 def _overview() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -48,11 +48,9 @@ def build(
     for name in others:
         if name not in (*HF_NAMES, *LLAMA_CPP_NAMES):
             ours[name] = _hierarchy(lm, name)
-    bench, plain = engines(lm, {}, clock, exact=exact, more_exits=ours.values())
-    if "ar-fast" in names and len(plain) == 1:
-        plain.append(Engine(bench, "ar-fast", AR, exact=False))
+    bench = Workbench(lm, exits_of(ours.values()), clock)
     hf = HFModel(lm, clock)
-    methods: list[Method] = plain
+    methods = plain_decoding(bench, fast="ar-fast" in names)
     for name in others:
         if name in ours:
             row = Path(name).stem if name.endswith(".json") else name
@@ -66,6 +64,33 @@ def build(
     if twice:
         raise UsageError(f"two methods are named {twice}. Rename one of the hierarchy files.")
     return bench, methods
+
+
+def engines(
+    lm: LM, hierarchies: Mapping[str, Hierarchy], *, exact: bool = True
+) -> tuple[Workbench, list[Method]]:
+    """Returns plain decoding and these hierarchies as methods; see :func:`build`."""
+    bench = Workbench(lm, exits_of(hierarchies.values()))
+    ours = [Engine(bench, name, found, exact=exact) for name, found in hierarchies.items()]
+    return bench, [*plain_decoding(bench), *ours]
+
+
+def plain_decoding(bench: Workbench, *, fast: bool = False) -> list[Method]:
+    """Returns plain decoding in exact numerics, and in fast ones where those are other code.
+
+    Args:
+        bench: to decode on.
+        fast: in fast numerics anyway.
+    """
+    methods: list[Method] = [Engine(bench, "ar", AR)]
+    if fast or isinstance(bench.lm.model.narrow, TorchPasses):  # compiled passes know one numerics
+        methods.append(Engine(bench, "ar-fast", AR, exact=False))
+    return methods
+
+
+def exits_of(hierarchies: Iterable[Hierarchy]) -> list[int]:
+    """Returns every exit that any of them uses."""
+    return sorted({e for hierarchy in hierarchies for e in hierarchy.exit_layers})
 
 
 def _hierarchy(lm: LM, name: str) -> Hierarchy:
