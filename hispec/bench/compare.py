@@ -33,8 +33,9 @@ def html(documents: Mapping[str, Document]) -> str:
         entry["speedup_high"] for found in documents.values() for entry in found["methods"].values()
     ]
     end = charts.axis_end(highs)
+    shared = [m for m in methods if sum(m in d["methods"] for d in documents.values()) > 1]
     panels = ""
-    for method in methods:
+    for method in shared or methods:
         bars = []
         for run, document in documents.items():
             entry = document["methods"].get(method)

@@ -80,26 +80,52 @@ class NativePasses:
     def run(
         self, blocks: Sequence[Block], x: Tensor, position: int, kv: KVCache, first: int
     ) -> Tensor:
-        """See :class:`Passes`."""
+        """See :class:`~hispec.model.passes.Passes`."""
+        return self._call(blocks, x, position, None, kv, first)
+
+    def run_texts(
+        self, blocks: Sequence[Block], x: Tensor, positions: Tensor, starts: Tensor, kv: KVCache
+    ) -> Tensor:
+        """Returns the states after ``blocks`` of one new token of each of several texts.
+
+        Args:
+            blocks: all of the cache's layers.
+            x: (B, D).
+            positions: (B,) int64, each token's place in its text.
+            starts: (B,) int64, the cache position at which its text begins, a multiple of 128.
+            kv: knows the texts' keys and values at ``starts + 0 … positions - 1``.
+        """
+        rows = torch.stack([positions, starts * self._config.head_dim], -1).contiguous()
+        return self._call(blocks, x, 0, rows.data_ptr(), kv, 0)
+
+    def _call(
+        self,
+        blocks: Sequence[Block],
+        x: Tensor,
+        position: int,
+        rows: int | None,
+        kv: KVCache,
+        first: int,
+    ) -> Tensor:
         config, width = self._config, x.shape[0]
         table = self._tables.get(kv)
         if table is None:
             table = self._tables.setdefault(kv, _Table(config, kv))
-        layers = table.layers(blocks, first)
         threads = torch.get_num_threads()
         per_row = (2 * (config.num_heads + config.num_kv_heads)) * config.head_dim
         per_row += config.intermediate_size + threads * config.hidden_size
         scratch = self._room((width + 16) * per_row)
         x = x.to(torch.float32, copy=True).contiguous()  # the library works in place
         self._run(
-            layers,
+            table.layers(blocks, first),
             len(blocks),
             table.shape,
             x.data_ptr(),
             width,
             position,
-            self._rotary.cos[position].data_ptr(),
-            self._rotary.sin[position].data_ptr(),
+            rows,
+            self._rotary.cos.data_ptr(),
+            self._rotary.sin.data_ptr(),
             scratch,
             threads,
         )

@@ -105,11 +105,11 @@ def load_library(folder: Path) -> ctypes.CDLL:
     pointer, size, real, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     shape = ctypes.POINTER(Shape)
     for kind in ("bf16", "fp32"):
-        # layers, count, shape, x, width, position, cos, sin, scratch, threads
+        # layers, count, shape, x, width, position, rows, cos, sin, scratch, threads
         run = getattr(library, f"run_layers_{kind}")
         run.argtypes = [
             *(pointer, size, shape, pointer, size, size),
-            *(pointer, pointer, pointer, threads),
+            *(pointer, pointer, pointer, pointer, threads),
         ]
         run.restype = None
         # w, bias, rows, n, norm, eps, x, width, y, scratch, threads

@@ -55,6 +55,12 @@ typedef struct {
   float eps, scale;
 } shape_t;
 
+/* A row of a pass that takes rows from several texts: where it stands in its own text, and where that
+   text's keys and values begin, in elements after the cache's. */
+typedef struct {
+  int64_t position, offset;
+} row_t;
+
 static inline float lanes_sum(vf v) {
   vf8 a, b;
   memcpy(&a, &v, 32);

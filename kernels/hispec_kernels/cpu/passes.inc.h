@@ -268,33 +268,33 @@ static inline float NAME(turned)(const float *x, const float *cos, const float *
 }
 
 #if AMX
-/* Attention of one KV head's query heads for the new rows `from`.. (TILE / G of them at most), each over
-   the positions up to its own, written to the operand mixed of n values.
+/* Attention of one KV head's query heads for `rows` new rows of one text from `position` on (TILE / G of
+   them at most), each over the positions up to its own. Written to the operand mixed, of n values, as
+   its vectors t, t + 1, ...
 
    A column of the score tiles is one query: 16 positions a tile, so a softmax over positions runs down
    the tiles with 16 queries in a vector and no sum across lanes. */
-static void NAME(attend)(const float *qkv, int64_t ldq, const float *cos, const float *sin,
-                         const STORE_T *keys, const STORE_T *values, int64_t position, int64_t from,
-                         int64_t width, int64_t group, int64_t dim, float scale, int64_t head,
-                         NAME(operand) * mixed, int64_t n) {
+static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, const float *sin,
+                             const STORE_T *keys, const STORE_T *values, int64_t position,
+                             int64_t rows, int64_t group, int64_t dim, float scale, int64_t head,
+                             NAME(operand) * mixed, int64_t n, int64_t t) {
   uint16_t q[MAX_HEAD * TILE] __attribute__((aligned(64)));    /* [d / 2][query][d % 2] */
   uint32_t p[SPLIT / 2 * TILE] __attribute__((aligned(64)));   /* [position / 2][query] pairs */
   float score[SPLIT * TILE] __attribute__((aligned(64)));      /* [position][query] */
   float part[TILE * TILE] __attribute__((aligned(64)));        /* [d][query] */
   float sum[MAX_HEAD * TILE] __attribute__((aligned(64)));     /* [d][query] */
-  const int64_t rows = width - from < TILE / group ? width - from : TILE / group;
-  const int64_t last = position + from + rows - 1;
+  const int64_t last = position + rows - 1;
   vi own = {0}; /* each query's position */
   memset(q, 0, dim * TILE * sizeof(uint16_t));
   memset(sum, 0, dim * TILE * sizeof(float));
-  for (int64_t t = 0; t < rows; t++)
+  for (int64_t r = 0; r < rows; r++)
     for (int64_t g = 0; g < group; g++) {
-      const float *x = qkv + (from + t) * ldq + (head * group + g) * dim;
-      const int64_t column = t * group + g;
-      own[column] = (int32_t)(position + from + t);
+      const float *x = qkv + r * ldq + (head * group + g) * dim;
+      const int64_t column = r * group + g, at = (position + r) * dim;
+      own[column] = (int32_t)(position + r);
       for (int64_t d = 0; d < dim; d++)
         q[(d >> 1) * 2 * TILE + 2 * column + (d & 1)] =
-            to_bf16(NAME(turned)(x, cos + (from + t) * dim, sin + (from + t) * dim, d, dim) * scale);
+            to_bf16(NAME(turned)(x, cos + at, sin + at, d, dim) * scale);
     }
   vf most = splat(-INFINITY), weight = splat(0.0f);
   for (int64_t base = 0; base <= last; base += SPLIT) {
@@ -345,10 +345,10 @@ static void NAME(attend)(const float *qkv, int64_t ldq, const float *cos, const 
     }
   }
   for (int64_t d = 0; d < dim; d++) *(vf *)(sum + d * TILE) /= weight;
-  for (int64_t t = 0; t < rows; t++)
+  for (int64_t r = 0; r < rows; r++)
     for (int64_t g = 0; g < group; g++)
       for (int64_t d = 0; d < dim; d++)
-        NAME(put)(mixed, n, from + t, (head * group + g) * dim + d, sum[d * TILE + t * group + g]);
+        NAME(put)(mixed, n, t + r, (head * group + g) * dim + d, sum[d * TILE + r * group + g]);
 }
 #else
 /* Attention of new row t's query heads that share a KV head, over positions 0..position, written to
@@ -423,29 +423,40 @@ static inline __attribute__((always_inline)) void NAME(attend)(const float *qkv,
       NAME(put)(mixed, n, t, offset + g * dim + d, sum[g][SPLIT_AT(d)] / weight[g]);
 }
 
-/* Calls attend with the group a constant where it is a common one, so that sums stay in registers. */
-static void NAME(attend_any)(const float *qkv, const float *cos, const float *sin, const STORE_T *keys,
-                             const STORE_T *values, int64_t position, int64_t group, int64_t dim,
-                             float scale, NAME(operand) * mixed, int64_t n, int64_t t, int64_t offset) {
+/* Calls attend, which takes one row, with the group a constant where it is a common one, so that sums
+   stay in registers. */
+static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, const float *sin,
+                             const STORE_T *keys, const STORE_T *values, int64_t position,
+                             int64_t rows, int64_t group, int64_t dim, float scale, int64_t head,
+                             NAME(operand) * mixed, int64_t n, int64_t t) {
+  const float *x = qkv + head * group * dim;
+  (void)ldq, (void)rows;
   switch (group) {
-    case 1: NAME(attend)(qkv, cos, sin, keys, values, position, 1, dim, scale, mixed, n, t, offset); break;
-    case 2: NAME(attend)(qkv, cos, sin, keys, values, position, 2, dim, scale, mixed, n, t, offset); break;
-    case 3: NAME(attend)(qkv, cos, sin, keys, values, position, 3, dim, scale, mixed, n, t, offset); break;
-    case 4: NAME(attend)(qkv, cos, sin, keys, values, position, 4, dim, scale, mixed, n, t, offset); break;
-    case 8: NAME(attend)(qkv, cos, sin, keys, values, position, 8, dim, scale, mixed, n, t, offset); break;
-    default: NAME(attend)(qkv, cos, sin, keys, values, position, group, dim, scale, mixed, n, t, offset);
+    case 1: NAME(attend)(x, cos + position * dim, sin + position * dim, keys, values, position, 1, dim, scale, mixed, n, t,
+                   head * group * dim); break;
+    case 2: NAME(attend)(x, cos + position * dim, sin + position * dim, keys, values, position, 2, dim, scale, mixed, n, t,
+                   head * group * dim); break;
+    case 3: NAME(attend)(x, cos + position * dim, sin + position * dim, keys, values, position, 3, dim, scale, mixed, n, t,
+                   head * group * dim); break;
+    case 4: NAME(attend)(x, cos + position * dim, sin + position * dim, keys, values, position, 4, dim, scale, mixed, n, t,
+                   head * group * dim); break;
+    case 8: NAME(attend)(x, cos + position * dim, sin + position * dim, keys, values, position, 8, dim, scale, mixed, n, t,
+                   head * group * dim); break;
+    default: NAME(attend)(x, cos + position * dim, sin + position * dim, keys, values, position, group, dim, scale, mixed, n, t,
+                   head * group * dim);
   }
 }
 #endif
 
-/* Runs `count` blocks over `width` rows at `position`, `position` + 1, ...
+/* Runs `count` blocks over `width` rows at `position`, `position` + 1, ... or, where rows is not NULL,
+   over the next token of each of `width` texts.
 
    x        (W, D) fp32, in and out
-   cos, sin (W, D_h), the first half of sin negated
+   cos, sin (S, D_h), all positions, the first half of sin negated
    scratch  (W + 16) * ((2 H + 2 H_kv) * D_h + I + threads * D) floats, 64-byte aligned */
 void NAME(run_layers)(const layer_t *layers, int64_t count, const shape_t *shape, float *x,
-                      int64_t width, int64_t position, const float *cos, const float *sin,
-                      float *scratch, int threads) {
+                      int64_t width, int64_t position, const row_t *rows, const float *cos,
+                      const float *sin, float *scratch, int threads) {
   const int64_t D = shape->hidden, I = shape->intermediate, dim = shape->head_dim;
   const int64_t HK = shape->kv_heads, G = shape->heads / HK, HD = shape->heads * dim;
   const int64_t QKV = HD + 2 * HK * dim;
@@ -473,27 +484,27 @@ void NAME(run_layers)(const layer_t *layers, int64_t count, const shape_t *shape
       for (int64_t task = share(width * HK, id, team); task < share(width * HK, id + 1, team); task++) {
         const int64_t t = task / HK, h = task % HK;
         const float *k = qkv + t * QKV + HD + h * dim, *v = k + HK * dim;
-        const int64_t cell = h * shape->kv_stride + (position + t) * dim;
+        const int64_t at = rows ? rows[t].position : position + t;
+        const int64_t text = h * shape->kv_stride + (rows ? rows[t].offset : 0);
         for (int64_t d = 0; d < dim; d++) {
-          NAME(store)(keys + cell + d, NAME(turned)(k, cos + t * dim, sin + t * dim, d, dim));
-          NAME(store)(values + h * shape->kv_stride + VALUE_AT(position + t, d, dim), v[d]);
+          NAME(store)(keys + text + at * dim + d,
+                      NAME(turned)(k, cos + at * dim, sin + at * dim, d, dim));
+          NAME(store)(values + text + VALUE_AT(at, d, dim), v[d]);
         }
       }
 #pragma omp barrier
 #if AMX
-      const int64_t rows = TILE / G; /* new rows whose queries fill a tile */
-      for (int64_t task = id; task < (width + rows - 1) / rows * HK; task += team)
-        NAME(attend)(qkv, QKV, cos, sin, keys + task % HK * shape->kv_stride,
-                     values + task % HK * shape->kv_stride, position, task / HK * rows, width, G, dim,
-                     shape->scale, task % HK, mixed, HD);
+      const int64_t some = rows ? 1 : TILE / G; /* rows of one text whose queries fill a tile */
 #else
-      for (int64_t task = id; task < width * HK; task += team) {
-        const int64_t t = task / HK, h = task % HK;
-        NAME(attend_any)(qkv + t * QKV + h * G * dim, cos + t * dim, sin + t * dim,
-                         keys + h * shape->kv_stride, values + h * shape->kv_stride, position + t, G,
-                         dim, shape->scale, mixed, HD, t, h * G * dim);
-      }
+      const int64_t some = 1;
 #endif
+      for (int64_t task = id; task < (width + some - 1) / some * HK; task += team) {
+        const int64_t t = task / HK * some, h = task % HK;
+        const int64_t text = h * shape->kv_stride + (rows ? rows[t].offset : 0);
+        NAME(attend_any)(qkv + t * QKV, QKV, cos, sin, keys + text, values + text,
+                         rows ? rows[t].position : position + t, LEAST(some, width - t), G, dim,
+                         shape->scale, h, mixed, HD, t);
+      }
 #pragma omp barrier
       NAME(product)(layer->output, layer->output_bias, FROM(D), UPTO(D), D, HD, mixed, width, x, 1);
 #pragma omp barrier
