@@ -1,0 +1,136 @@
+import json
+
+import pytest
+import torch
+from hispec_training.export import TrainedExits, load_into
+from safetensors.torch import load_file
+from training.exit_setup import EXITS, make_cache, make_exits
+
+from hispec.errors import CheckpointError, UsageError
+from hispec.model.checkpoint import open_checkpoint
+
+TABLE = {
+    "texts": "some texts",
+    "top1": 0.5,
+    "positions": 1234,
+    "by_category": {"qa": 0.4, "chat": 0.6},
+    "by_offset": [0.6, 0.5],
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama):
+    return open_checkpoint(tiny_llama)
+
+
+@pytest.fixture
+def saved(checkpoint, tmp_path):
+    exits = make_exits(checkpoint, make_cache(tmp_path / "cache", checkpoint))
+    with torch.no_grad():
+        for p in exits.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    table = dict.fromkeys(EXITS, TABLE)
+    TrainedExits.from_training(exits, checkpoint, table, training={"steps": 7}).save_pretrained(
+        tmp_path / "exits"
+    )
+    return exits, tmp_path / "exits"
+
+
+def test_export_reloads_bit_equal(saved, checkpoint, tmp_path):
+    exits, folder = saved
+    loaded = TrainedExits.from_pretrained(folder, checkpoint)
+    for e in EXITS:
+        want = exits.heads[str(e)].state_dict()
+        got = loaded.heads[str(e)].state_dict()
+        assert got.keys() == want.keys()
+        assert all(torch.equal(got[n], want[n].bfloat16().float()) for n in want)
+        assert torch.equal(loaded.vocab_ids[e], exits.vocab_ids(e))
+    loaded.save_pretrained(tmp_path / "again")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["README.md", "config.json", "exit_1.safetensors", "exit_2.safetensors"]
+    for name in names:
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_files_hold_the_documented_tensors(saved):
+    _, folder = saved
+    tensors = load_file(folder / "exit_1.safetensors")
+    layer = [f"self_attn.{x}_proj" for x in "qkvo"] + [
+        f"mlp.{x}_proj" for x in ("gate", "up", "down")
+    ]
+    layer += ["input_layernorm", "post_attention_layernorm", "context_layernorm"]
+    layer += ["context_k_proj", "context_v_proj"]
+    names = {f"block.{name}.weight" for name in layer}
+    names |= {"proj.weight", "proj.bias", "feature_layernorm.weight", "feature_proj.weight"}
+    assert set(tensors) == names | {"norm.weight", "vocab_ids"}
+    assert tensors["vocab_ids"].dtype == torch.int32
+    assert all(x.dtype == torch.bfloat16 for n, x in tensors.items() if n != "vocab_ids")
+
+
+def test_another_base_is_refused_unless_forced(saved, make_llama):
+    _, folder = saved
+    other_folder = make_llama("other")
+    from safetensors.torch import save_file
+
+    path = other_folder / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
+    save_file(tensors, path, {"format": "pt"})
+    other = open_checkpoint(other_folder)
+    with pytest.raises(UsageError, match="trained on"):
+        TrainedExits.from_pretrained(folder, other)
+    assert set(TrainedExits.from_pretrained(folder, other, force=True).heads) == {"1", "2"}
+
+
+def test_damage_and_absence_are_one_sentence(saved, checkpoint, tmp_path):
+    _, folder = saved
+    with pytest.raises(UsageError, match="no exits in"):
+        TrainedExits.from_pretrained(tmp_path, checkpoint)
+    file = folder / "exit_2.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match=r"exit_2\.safetensors is damaged"):
+        TrainedExits.from_pretrained(folder, checkpoint)
+
+
+def test_card_shows_base_tables_and_run(saved):
+    _, folder = saved
+    card = (folder / "README.md").read_text()
+    record = json.loads((folder / "config.json").read_text())
+    assert card.startswith("---\nbase_model: ")
+    assert record["base"]["fingerprint"] in card
+    assert "| all positions | 0.500 | 0.500 |" in card and "| qa | 0.400 | 0.400 |" in card
+    assert "1,234 positions" in card and "- steps: 7" in card
+
+
+def test_warm_start_takes_the_weights(saved, checkpoint, tmp_path):
+    exits, folder = saved
+    cache = make_cache(tmp_path / "cache", checkpoint)
+    fresh = make_exits(checkpoint, cache)
+    load_into(fresh, TrainedExits.from_pretrained(folder, checkpoint))
+    for name, p in fresh.named_parameters():
+        assert torch.equal(p, exits.get_parameter(name).bfloat16().float())
+    other = make_exits(checkpoint, cache, context="none", feature=False)
+    with pytest.raises(UsageError, match="other parts"):
+        load_into(other, TrainedExits.from_pretrained(folder, checkpoint))
+
+
+def test_push_uploads_the_folder(saved, checkpoint, monkeypatch):
+    _, folder = saved
+    seen = {}
+
+    class Api:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, private, exist_ok):
+            return f"https://hub/{repo_id}"
+
+        def upload_folder(self, repo_id, folder_path, commit_message):
+            from pathlib import Path
+
+            seen.update({p.name: p.stat().st_size for p in Path(folder_path).iterdir()})
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    exits = TrainedExits.from_pretrained(folder, checkpoint)
+    assert exits.push_to_hub("me/exits") == "https://hub/me/exits"
+    assert set(seen) == {path.name for path in folder.iterdir()}

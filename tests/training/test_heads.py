@@ -1,0 +1,112 @@
+import pytest
+import torch
+from hispec_training.batches import collate, fixed_roots
+from hispec_training.heads import ExitHead, HeadSpec, attend, frequent_tokens
+from training.exit_setup import make_cache, make_exits
+
+from hispec.errors import UsageError
+from hispec.model.checkpoint import open_checkpoint
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama):
+    return open_checkpoint(tiny_llama)
+
+
+def randomize(head):
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    return head
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}]
+)
+@torch.no_grad()
+def test_block_starts_as_the_models_own_layer(make_llama, config):
+    """A fresh head on the state before the last layer says what the model says."""
+    from transformers import AutoModelForCausalLM
+
+    folder = make_llama(**config)
+    checkpoint = open_checkpoint(folder)
+    last = checkpoint.config.num_layers - 1
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.randint(0, 200, (2, 17), generator=torch.Generator().manual_seed(0))
+    out = model(ids, output_hidden_states=True)
+    head = ExitHead(HeadSpec(last), checkpoint.config).start_from(checkpoint)
+    positions = torch.arange(17).expand(2, 17)
+    roots = positions // 3 * 3
+    deep = torch.randn(2, 17, checkpoint.config.hidden_size)
+    x = head(out.hidden_states[last], deep, positions, roots)
+    torch.testing.assert_close(model.lm_head(x), out.logits, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_query_sees_deep_states_before_its_root_only(checkpoint):
+    size, length = checkpoint.config.hidden_size, 20
+    head = randomize(ExitHead(HeadSpec(1), checkpoint.config).start_from(checkpoint))
+    states, deep = torch.randn(1, length, size), torch.randn(1, length, size)
+    positions = torch.arange(4, 18)[None]
+    roots = fixed_roots(4, 14, 5, 2)[None]
+    base = head(states, deep, positions, roots)
+    for changed in range(length):
+        other_deep, other_states = deep.clone(), states.clone()
+        other_deep[0, changed] += 1
+        other_states[0, changed] += 1
+        moved = (head(states, other_deep, positions, roots) != base).any(-1)[0]
+        assert (moved == (changed < roots[0])).all(), changed
+        moved = (head(other_states, deep, positions, roots) != base).any(-1)[0]
+        assert (moved == (changed <= positions[0])).all(), changed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context", ["deep", "none"])
+def test_rows_do_not_depend_on_their_company(checkpoint, tmp_path, context):
+    cache = make_cache(tmp_path, checkpoint)
+    exits = make_exits(checkpoint, cache, context=context, feature=context == "deep")
+    randomize(exits)
+    texts = [cache[i] for i in range(6)]
+    roots = [fixed_roots(t.first, len(t.pick), 3, 1) for t in texts]
+    together = exits.normed(collate(texts, roots, exits.layers), 2)
+    alone = [
+        exits.normed(collate([t], [r], exits.layers), 2) for t, r in zip(texts, roots, strict=True)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_attention_is_torchs():
+    q, k, v = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 9, 8), torch.randn(2, 2, 9, 8)
+    mask = torch.rand(2, 1, 5, 9) > 0.5
+    mask[..., 0] = True
+    want = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, enable_gqa=True
+    )
+    torch.testing.assert_close(attend(q, k, v, mask), want)
+
+
+def test_vocabulary_is_ranked_by_frequency():
+    counts = torch.tensor([3, 0, 9, 3, 1])
+    assert frequent_tokens(counts, 3).tolist() == [2, 0, 3]
+    assert frequent_tokens(counts, 3, always=[1]).tolist() == [1, 2, 0]
+    assert (
+        frequent_tokens(counts, 0).tolist()
+        == frequent_tokens(counts, 9).tolist()
+        == [0, 1, 2, 3, 4]
+    )
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        (HeadSpec(0), "exit_layer must be in"),
+        (HeadSpec(99), "got 99"),
+        (HeadSpec(1, "mlp"), "shared, affine, block"),
+        (HeadSpec(1, "affine"), "needs a block"),
+        (HeadSpec(1, "shared", "none"), "needs deep context"),
+    ],
+)
+def test_impossible_heads_are_refused(checkpoint, spec, message):
+    with pytest.raises(UsageError, match=message):
+        ExitHead(spec, checkpoint.config)

@@ -1,0 +1,312 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hispec_training import loop
+from hispec_training.evaluate import ROUND, Tally, _count, evaluate
+from hispec_training.heads import HeadSpec
+from hispec_training.loop import CHECKPOINT, Recipe, Trainer, learning_rate, read_checkpoint
+from hispec_training.report import draw_curves
+from training.exit_setup import EXITS, make_cache, make_exits
+
+from hispec.cli import main as hispec
+from hispec.errors import HispecError
+from hispec.model.checkpoint import open_checkpoint
+
+ROOT = Path(__file__).parents[2]
+RECIPE = Recipe(
+    steps=6, batch_targets=64, warmup_steps=2, eval_every=3, save_every=2, autocast=False
+)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_llama):
+    return open_checkpoint(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def cache(checkpoint, tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("cache"), checkpoint)
+
+
+def weights(exits):
+    return {name: p.detach().clone() for name, p in exits.named_parameters()}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_lowers_the_loss_and_moves_every_head_tensor(checkpoint, cache, tmp_path):
+    exits = make_exits(checkpoint, cache)
+    before = weights(exits)
+    recipe = Recipe(**{**vars(RECIPE), "steps": 40, "lr": 3e-3, "save_every": 1000})
+    history = Trainer(exits, cache, cache, recipe, tmp_path).run()
+    for e in EXITS:
+        losses = [row[f"loss_{e}"] for row in history.losses]
+        assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
+    assert all(not torch.equal(p, before[name]) for name, p in weights(exits).items())
+
+
+def test_backbone_and_head_matrix_stay_bit_identical(tiny_llama, cache, tmp_path):
+    checkpoint = open_checkpoint(tiny_llama)
+    files = {path: path.read_bytes() for path in Path(tiny_llama).glob("*.safetensors")}
+    exits = make_exits(checkpoint, cache)
+    rows = {name: b.clone() for name, b in exits.named_buffers()}
+    Trainer(exits, cache, None, RECIPE, tmp_path).run()
+    assert {path: path.read_bytes() for path in files} == files
+    assert all(torch.equal(b, rows[name]) for name, b in exits.named_buffers())
+    assert all(name.startswith("heads.") for name, _ in exits.named_parameters())
+    assert not any(b.requires_grad for b in exits.buffers())
+
+
+def test_exits_train_side_by_side_as_they_would_alone(checkpoint, cache, tmp_path):
+    both = make_exits(checkpoint, cache)
+    Trainer(both, cache, None, RECIPE, tmp_path / "both").run()
+    alone = make_exits(checkpoint, cache)
+    del alone.heads["1"], alone.specs[1]
+    Trainer(alone, cache, None, RECIPE, tmp_path / "alone").run()
+    for name, p in weights(alone).items():
+        torch.testing.assert_close(weights(both)[name], p, rtol=1e-5, atol=1e-6)
+
+
+def test_accumulated_batches_equal_a_larger_one(checkpoint, cache, tmp_path):
+    """The loss is per target of the step, however its texts are cut."""
+    runs = []
+    for batch, accumulate in ((10_000, 1), (10_000, 1)):
+        exits = make_exits(checkpoint, cache)
+        recipe = Recipe(steps=1, batch_targets=batch, accumulate=accumulate, autocast=False)
+        runs.append(Trainer(exits, cache, None, recipe, tmp_path).run().losses[0])
+    assert runs[0]["targets"] == sum(cache.response_lengths)
+    assert runs[0]["loss_1"] == runs[1]["loss_1"]
+
+
+def test_resumed_run_ends_with_the_same_weights(checkpoint, cache, tmp_path):
+    straight = make_exits(checkpoint, cache)
+    Trainer(straight, cache, cache, RECIPE, tmp_path / "straight").run()
+
+    class Killed(Exception):
+        pass
+
+    def kill(row):
+        if row["step"] == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        Trainer(
+            make_exits(checkpoint, cache), cache, cache, RECIPE, tmp_path / "cut", on_step=kill
+        ).run()
+    resumed = make_exits(checkpoint, cache)
+    trainer = Trainer(resumed, cache, cache, RECIPE, tmp_path / "cut")
+    assert trainer.resume() and trainer.step == 4
+    history = trainer.run()
+    assert_same(weights(resumed), weights(straight))
+    assert [row["step"] for row in history.losses] == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_recipe_does_not_resume(checkpoint, cache, tmp_path):
+    Trainer(make_exits(checkpoint, cache), cache, None, RECIPE, tmp_path).run()
+    other = Recipe(**{**vars(RECIPE), "lr": 0.5})
+    with pytest.raises(HispecError, match="other settings \\(lr\\)"):
+        Trainer(make_exits(checkpoint, cache), cache, None, other, tmp_path).resume()
+
+
+def test_damaged_checkpoint_says_what_to_do(tmp_path):
+    (tmp_path / CHECKPOINT).write_bytes(b"PK rubbish")
+    with pytest.raises(HispecError, match="delete it and start again"):
+        read_checkpoint(tmp_path / CHECKPOINT)
+
+
+def test_nan_stops_at_its_step_and_keeps_the_last_good_state(checkpoint, cache, tmp_path):
+    exits = make_exits(checkpoint, cache)
+    trainer = Trainer(exits, cache, None, RECIPE, tmp_path)
+    seen = {}
+
+    def poison(row):
+        if row["step"] == 3:
+            seen.update(weights(exits))
+            exits.rows_1.fill_(float("nan"))
+
+    trainer.on_step = poison
+    with pytest.raises(HispecError, match="not a number at step 4"):
+        trainer.run()
+    state = read_checkpoint(tmp_path / CHECKPOINT)
+    assert state["step"] == 3
+    assert_same({k: v for k, v in state["weights"].items() if k in seen}, seen)
+
+
+def test_full_disk_keeps_the_last_good_checkpoint(checkpoint, cache, tmp_path, monkeypatch):
+    trainer = Trainer(make_exits(checkpoint, cache), cache, None, RECIPE, tmp_path)
+
+    def no_room(_):
+        raise OSError(28, "No space left on device")
+
+    def fill(row):
+        if row["step"] == 3:
+            monkeypatch.setattr(loop.os, "fsync", no_room)
+
+    trainer.on_step = fill
+    with pytest.raises(HispecError, match=r"disk is full.*step 4.*the one before it is kept"):
+        trainer.run()
+    monkeypatch.undo()
+    assert read_checkpoint(tmp_path / CHECKPOINT)["step"] == 2
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_schedule_rises_and_falls():
+    recipe = Recipe(steps=100, warmup_steps=10, lr=1.0)
+    rates = [learning_rate(recipe, step) for step in range(100)]
+    assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 1e-3
+
+
+def test_runs_are_counted_within_rounds():
+    tally = Tally()
+    right = torch.tensor([1, 0] + [1, 1, 0, 1, 1, 1, 1, 1] + [1] * 8 + [1, 1]).bool()
+    _count(tally, "a", right, shift=2)
+    assert tally.runs.tolist() == [0, 0, 1, 0, 0, 0, 0, 0, 1]
+    assert tally.offset_seen.sum() == 20 and tally.offset_seen[0] == 4
+    assert tally.mean_run(4) == 3.0 and tally.top1 == 18 / 20
+
+
+def test_an_exit_that_is_the_target_is_always_right(checkpoint, cache):
+    """The last layer's input through that very layer, all rows: agreement 1."""
+    exits = make_exits(checkpoint, cache, vocab_size=0)
+    final = checkpoint.config.num_layers
+    exits.specs = {final: HeadSpec(final, "shared", "none", False)}
+    exits.heads[str(final)] = exits.heads["1"]
+
+    class Norm(torch.nn.Module):
+        def forward(self, states, deep, positions, roots):
+            norm = exits.heads["1"].norm
+            x = states.float().gather(1, positions[..., None].expand(-1, -1, states.shape[-1]))
+            return norm(x)
+
+    exits.heads[str(final)] = Norm()
+    for name in ("rows", "tokens", "row_of"):
+        setattr(exits, f"{name}_{final}", getattr(exits, f"{name}_1"))
+    (tally,) = evaluate(exits, cache, shifts=range(ROUND), autocast=False).values()
+    assert tally.top1 > 0.97  # the cache rounds states to bf16
+    assert int(tally.offset_seen.sum()) == ROUND * sum(cache.response_lengths)
+
+
+def test_curves_are_drawn(checkpoint, cache, tmp_path):
+    history = Trainer(make_exits(checkpoint, cache), cache, cache, RECIPE, tmp_path).run()
+    draw_curves(tmp_path / "curves.png", history)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def command(folder, out, *more):
+    return [
+        *("train", "--model", str(folder), "--data", str(folder / "data.jsonl"), "--out", str(out)),
+        *("--exits", "1,2", "--steps", "6", "--batch-targets", "64", "--save-every", "1"),
+        *("--eval-every", "3", "--head-vocab", "100", *more),
+    ]
+
+
+@pytest.fixture
+def distilled(make_llama):
+    folder = make_llama()
+    from training.exit_setup import make_examples
+
+    rows = [
+        {"prompt_ids": e.ids[: e.prompt_length], "response_ids": e.ids[e.prompt_length :]}
+        for e in make_examples(60)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_command_trains_from_prompts_to_a_folder(make_llama, tmp_path, capsys):
+    folder = make_llama()
+    prompts = [{"text": f"some words to go on from, number {i}"} for i in range(30)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    out = tmp_path / "exits"
+    assert hispec(command(folder, out, "--max-new-tokens", "8")) == 0
+    record = json.loads((out / "config.json").read_text())
+    assert [entry["exit_layer"] for entry in record["exits"]] == [1, 2]
+    assert 0 <= record["exits"][0]["acceptance"]["top1"] <= 1
+    assert (out / "report" / "curves.png").exists() and (out / "README.md").exists()
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--exits", "9"], "exit_layer must be in"),
+        (["--exits", "a,b"], "layers such as 4,8"),
+        (["--lr", "0"], "--lr must be above 0"),
+        (["--soft", "2"], "--soft must lie in"),
+        (["--head", "affine", "--context", "deep"], "Deep context needs a block"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_bad_options_are_one_sentence(distilled, tmp_path, capsys, more, message):
+    assert hispec(command(distilled, tmp_path / "out", *more)) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_an_earlier_run_is_not_overwritten(distilled, tmp_path, capsys):
+    assert hispec(command(distilled, tmp_path / "out")) == 0
+    assert hispec(command(distilled, tmp_path / "out")) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_killed_command_resumes_to_the_same_exits(distilled, tmp_path):
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    more = ["--steps", "60"]
+    assert hispec(command(distilled, straight, *more)) == 0
+    environment = dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT / 'training'}:{ROOT / 'kernels'}")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hispec.cli", *command(distilled, cut, *more)],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not (cut / "work" / CHECKPOINT).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (cut / "config.json").exists()
+    assert hispec(command(distilled, cut, *more, "--resume")) == 0
+    for e in EXITS:
+        name = f"exit_{e}.safetensors"
+        assert (cut / name).read_bytes() == (straight / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one(distilled, tmp_path):
+    """gloo, one thread each, the same global batch."""
+    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'training'}:{ROOT / 'kernels'}:{ROOT / 'tests'}"
+    script = str(Path(__file__).with_name("two_processes.py"))
+    launches = {
+        1: [sys.executable, script],
+        2: [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
+            *("--master-port=29517", script),
+        ],
+    }
+    found = {}
+    for count, launch in launches.items():
+        out = tmp_path / f"{count}.pt"
+        done = subprocess.run(
+            [*launch, str(distilled), str(tmp_path / f"work{count}"), str(out)],
+            env={**environment, "ACCELERATE_USE_CPU": "true"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        found[count] = torch.load(out, weights_only=True)
+    assert found[1].keys() == found[2].keys()
+    for name in found[1]:
+        torch.testing.assert_close(found[2][name], found[1][name], rtol=1e-4, atol=1e-4)

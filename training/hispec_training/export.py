@@ -1,0 +1,223 @@
+"""The saved form of trained exits: a folder that says what it is and which model it belongs to.
+
+``config.json`` names the exits, how they were measured and the base by its weights' fingerprint;
+``exit_{e}.safetensors`` holds one head in bf16 under the names of its parameters; ``README.md``
+is a model card made from both. ``hispec.model.exits`` reads the same folder to draft with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hispec.errors import CheckpointError, UsageError
+from hispec.model.checkpoint import Checkpoint
+from hispec.model.exits import FORMAT
+from hispec.model.exits import Exits as Record
+from hispec_training.card import model_card
+from hispec_training.exits import Exits
+from hispec_training.heads import ExitHead, HeadSpec
+
+VERSION = 1
+
+
+class TrainedExits(nn.Module):
+    """Heads with the record that goes with them.
+
+    Args:
+        heads: By exit layer.
+        vocab_ids: By exit layer, (V',) the token of each row; None for all rows.
+        record: What ``config.json`` holds.
+    """
+
+    def __init__(
+        self,
+        heads: Mapping[int, ExitHead],
+        vocab_ids: Mapping[int, Tensor | None],
+        record: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.heads = nn.ModuleDict({str(e): head for e, head in sorted(heads.items())})
+        self.vocab_ids = dict(vocab_ids)
+        self.record = record
+
+    @classmethod
+    def from_training(
+        cls,
+        exits: Exits,
+        checkpoint: Checkpoint,
+        acceptance: Mapping[int, Mapping[str, Any]] | None = None,
+        *,
+        revision: str | None = None,
+        training: Mapping[str, Any] | None = None,
+    ) -> TrainedExits:
+        """The heads of a finished run.
+
+        Args:
+            exits: What was trained.
+            checkpoint: Its base.
+            acceptance: Table of each exit (``Tally.table()``).
+            revision: Of the base on the hub.
+            training: What the card should say about the run: data, steps, seconds, hardware.
+        """
+        vocab_size = checkpoint.config.vocab_size
+        rows = {e: exits.vocab_ids(e) for e in exits.specs}
+        record = {
+            "format": FORMAT,
+            "version": VERSION,
+            "base": {
+                "model": Path(checkpoint.name).name
+                if Path(checkpoint.name).exists()
+                else checkpoint.name,
+                "revision": revision,
+                "fingerprint": checkpoint.fingerprint,
+            },
+            "num_layers": checkpoint.config.num_layers,
+            "hidden_size": checkpoint.config.hidden_size,
+            "vocab_size": vocab_size,
+            "exits": [
+                {
+                    "exit_layer": e,
+                    "kind": spec.kind,
+                    "context": spec.context,
+                    "feature": spec.feature,
+                    "vocab_size": len(rows[e]),
+                    "acceptance": dict((acceptance or {}).get(e, {})),
+                }
+                for e, spec in sorted(exits.specs.items())
+            ],
+            "training": dict(training or {}),
+            "hierarchies": {},
+        }
+        return cls(
+            {e: exits.heads[str(e)] for e in exits.specs},
+            {e: ids if len(ids) < vocab_size else None for e, ids in rows.items()},
+            record,
+        )
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """The folder holds config, weights in bf16 and the model card; each file whole or absent.
+
+        Raises:
+            OSError: If the disk is full or the folder cannot be written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, head in self.heads.items():
+            tensors = {n: p.detach().cpu().bfloat16() for n, p in head.state_dict().items()}
+            ids = self.vocab_ids.get(int(name))
+            if ids is not None:
+                tensors["vocab_ids"] = ids.cpu().int()
+            tensors = {n: x.contiguous() for n, x in sorted(tensors.items())}
+            temporary = folder / f".exit_{name}.part"
+            save_file(tensors, temporary, {"format": "pt"})
+            os.chmod(temporary, 0o644)  # safetensors writes 0600, which a package should not ship
+            os.replace(temporary, folder / f"exit_{name}.safetensors")
+        _replace(folder / "README.md", model_card(self.record))
+        # last: a folder without it holds no exits
+        _replace(folder / "config.json", json.dumps(self.record, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, checkpoint: Checkpoint, *, force: bool = False
+    ) -> TrainedExits:
+        """The heads of a folder, in fp32, ready to be used or trained on.
+
+        Args:
+            folder: Local folder, or a hub id.
+            checkpoint: The base they should belong to.
+            force: Load them onto other weights of the same shape.
+
+        Raises:
+            UsageError: If there are none, or they belong to another base.
+            CheckpointError: If a file is damaged or does not fit.
+        """
+        path = _local(folder)
+        record = Record.open(path)
+        record.check_base(checkpoint, force=force)
+        heads: dict[int, ExitHead] = {}
+        vocab: dict[int, Tensor | None] = {}
+        for entry in record.record["exits"]:
+            e = int(entry["exit_layer"])
+            spec = HeadSpec(
+                e, entry["kind"], entry["context"], entry.get("feature", False), entry["vocab_size"]
+            )
+            head = ExitHead(spec, checkpoint.config)
+            file = path / f"exit_{e}.safetensors"
+            try:
+                tensors = load_file(file)
+                ids = tensors.pop("vocab_ids", None)
+                head.load_state_dict({n: x.float() for n, x in tensors.items()})
+            except Exception as error:  # safetensors and torch raise kinds of their own
+                raise CheckpointError(
+                    f"{file} is damaged or does not fit {checkpoint.name}: "
+                    f"{str(error).splitlines()[0]}."
+                ) from error
+            heads[e], vocab[e] = head, None if ids is None else ids.long()
+        return cls(heads, vocab, dict(record.record))
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """The folder stands on the hub; returns its address.
+
+        Args:
+            repo_id: Such as ``name/smollm2-135m-exits``; created if it is not there.
+            private: Whether a new repository is private.
+            token: Of the hub; the stored login if None.
+        """
+        import tempfile
+
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Trained exits")
+        return str(address)
+
+
+def _local(folder: str | Path) -> Path:
+    path = Path(folder).expanduser()
+    if path.exists() or str(folder).count("/") != 1:
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(folder)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise UsageError(
+            f"There is no folder {folder} here and no exits of that name could be fetched from the "
+            "hub: check the spelling or the network."
+        ) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def load_into(exits: Exits, saved: TrainedExits) -> None:
+    """Heads under training take the weights of saved ones of the same shape (a warm start).
+
+    Raises:
+        UsageError: If an exit is missing or made of other parts.
+    """
+    for name, head in exits.heads.items():
+        if name not in saved.heads:
+            raise UsageError(f"The saved exits have none at layer {name} to start from.")
+        try:
+            with torch.no_grad():
+                head.load_state_dict(saved.heads[name].state_dict())
+        except RuntimeError as error:
+            raise UsageError(
+                f"The saved exit {name} is made of other parts than the one asked for."
+            ) from error

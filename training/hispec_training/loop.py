@@ -1,0 +1,343 @@
+"""The training loop of the exit heads: steps, schedule, checkpoints.
+
+Joint training of several exits is separate training side by side: they share the batch and
+nothing else, losses add up, gradients are clipped head by head. So each head's weights are the
+same whoever trains beside it.
+
+A step is a function of the weights, the optimizer's state and the step's number. A checkpoint
+holds these three and appears by one rename; a run killed at any moment and resumed ends with the
+weights it would have had.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
+
+from hispec.errors import HispecError
+from hispec_training.batches import MAX_ROUND, Batch, collate, draw_roots, step_seed
+from hispec_training.batches import training_batches as stream
+from hispec_training.evaluate import Tally, evaluate
+from hispec_training.exits import Exits
+from hispec_training.shards import ShardCache
+
+CHECKPOINT = "checkpoint.pt"
+BEST = "best.pt"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the heads are trained.
+
+    Attributes:
+        steps: Optimizer steps.
+        batch_targets: Padded response positions of one batch, over all processes.
+        accumulate: Batches a step adds up.
+        lr: Peak learning rate.
+        warmup_steps: Linear rise; the fall to zero is a cosine over the rest.
+        weight_decay: On matrices.
+        soft: Weight of the target's distribution against its pick, in [0, 1].
+        clip: Largest gradient norm of one head.
+        max_round: Longest round drawn.
+        seed: Of order and rounds.
+        eval_every: Steps between looks at the held-out texts.
+        save_every: Steps between checkpoints.
+        eval_texts: Held-out texts looked at while training.
+        autocast: Compute in bf16.
+    """
+
+    steps: int
+    batch_targets: int = 2048
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    soft: float = 0.5
+    clip: float = 1.0
+    max_round: int = MAX_ROUND
+    seed: int = 0
+    eval_every: int = 250
+    save_every: int = 250
+    eval_texts: int = 64
+    autocast: bool = True
+
+
+@dataclass
+class History:
+    """What happened, as the report draws it.
+
+    Attributes:
+        losses: Rows of step, seconds, targets, lr and each exit's loss and agreement.
+        held_out: Rows of step, seconds and each exit's agreement.
+    """
+
+    losses: list[dict[str, float]] = field(default_factory=list)
+    held_out: list[dict[str, float]] = field(default_factory=list)
+
+
+def learning_rate(recipe: Recipe, step: int) -> float:
+    """The rate of step ``step`` (from 0): linear warm-up, then half a cosine down to zero."""
+    if step < recipe.warmup_steps:
+        return recipe.lr * (step + 1) / recipe.warmup_steps
+    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
+    return recipe.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def make_optimizer(exits: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW with decay on matrices only."""
+    matrices = [p for p in exits.parameters() if p.ndim > 1]
+    vectors = [p for p in exits.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        exits: The heads, at their starting values.
+        cache: Training texts.
+        held_out: Texts to watch; may be empty.
+        recipe: How.
+        folder: For checkpoints.
+        accelerator: Of the launched processes; a plain one if None.
+        on_step: Called with each row of the history.
+    """
+
+    def __init__(
+        self,
+        exits: Exits,
+        cache: ShardCache,
+        held_out: ShardCache | None,
+        recipe: Recipe,
+        folder: Path,
+        accelerator: Accelerator | None = None,
+        on_step: Callable[[dict[str, float]], None] | None = None,
+    ) -> None:
+        self.exits, self.cache, self.held_out = exits, cache, held_out
+        self.recipe, self.folder = recipe, folder
+        self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+        self.on_step = on_step
+        self.history = History()
+        self.step = 0
+        self.elapsed_s = 0.0
+        self.best = -1.0
+        optimizer = make_optimizer(exits, recipe)
+        self.model, self.optimizer = self.accelerator.prepare(exits, optimizer)
+        # Tuples of parameters, taken once the wrapper has put its own in place.
+        self.groups = [
+            [p for n, p in self.model.named_parameters() if f"heads.{e}." in n] for e in exits.specs
+        ]
+
+    def run(self) -> History:
+        """Trains to the recipe's last step from wherever the run stands.
+
+        Raises:
+            HispecError: If the loss stops being a number or the disk is full; the last good state
+                is in the folder.
+        """
+        recipe, start = self.recipe, time.perf_counter() - self.elapsed_s
+        batches = stream(
+            self.cache, recipe.batch_targets, recipe.seed, self.step * recipe.accumulate
+        )
+        while self.step < recipe.steps:
+            row = self._one_step(batches)
+            self.elapsed_s = time.perf_counter() - start
+            row |= {"step": self.step, "seconds": round(self.elapsed_s, 2)}
+            self.history.losses.append(row)
+            if self.on_step is not None and self.accelerator.is_main_process:
+                self.on_step(row)
+            last = self.step == recipe.steps
+            if self.held_out is not None and (last or self.step % recipe.eval_every == 0):
+                self._look()
+            if last or self.step % recipe.save_every == 0:
+                self.save(CHECKPOINT)
+        return self.history
+
+    def save(self, name: str) -> None:
+        """The state stands in the folder under ``name``; an interrupted write leaves the old one.
+
+        Raises:
+            HispecError: If the disk is full.
+        """
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights, moments = get_state_dict(self.model, self.optimizer, options=options)
+        if self.accelerator.is_main_process:
+            state = {
+                "weights": weights,
+                "optimizer": moments,
+                "step": self.step,
+                "elapsed_s": self.elapsed_s,
+                "best": self.best,
+                "recipe": asdict(self.recipe),
+                "specs": [spec.to_dict() for spec in self.exits.specs.values()],
+                "history": asdict(self.history),
+            }
+            _write(self.folder / name, state)
+        self.accelerator.wait_for_everyone()
+
+    def resume(self, name: str = CHECKPOINT) -> bool:
+        """The run stands where the checkpoint left it; False if there is none.
+
+        Raises:
+            HispecError: If the checkpoint is of another recipe or cannot be read.
+        """
+        path = self.folder / name
+        if not path.exists():
+            return False
+        state = read_checkpoint(path)
+        specs = [spec.to_dict() for spec in self.exits.specs.values()]
+        if state["recipe"] != asdict(self.recipe) or state["specs"] != specs:
+            changed = sorted(
+                k for k, v in asdict(self.recipe).items() if state["recipe"].get(k) != v
+            )
+            raise HispecError(
+                f"{path} belongs to a run with other settings ({', '.join(changed) or 'heads'}): "
+                "resume with the same ones, or give another --out."
+            )
+        options = StateDictOptions(full_state_dict=True)
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["weights"],
+            optim_state_dict=state["optimizer"],
+            options=options,
+        )
+        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        self.best = state["best"]
+        self.history = History(**state["history"])
+        return True
+
+    def _one_step(self, batches: Iterator[tuple[int, list[int]]]) -> dict[str, float]:
+        recipe, world = self.recipe, self.accelerator.num_processes
+        parts = [next(batches) for _ in range(recipe.accumulate)]
+        # Known from the cache, so that no process has to ask the others.
+        targets = sum(self.cache.response_lengths[i] for _, texts in parts for i in texts)
+        sums = torch.zeros(len(self.exits.specs), 2, dtype=torch.float64)
+        for number, (_, texts) in enumerate(parts):
+            mine = texts[self.accelerator.process_index :: world]
+            batch, weight = self._batch(mine or texts[:1]), float(bool(mine))
+            self.model.requires_gradient_sync = number == len(parts) - 1
+            with torch.autocast(
+                self.accelerator.device.type, torch.bfloat16, enabled=recipe.autocast
+            ):
+                guesses = self.model(batch, recipe.soft)
+            total = sum(guess.loss for guess in guesses.values())
+            # The wrapper averages gradients over processes; the loss is a sum over them.
+            self.accelerator.backward(total * (weight * world / targets))
+            for i, guess in enumerate(guesses.values()):
+                right = (guess.picks == batch.pick).sum()
+                sums[i] += weight * torch.stack([guess.loss.detach(), right]).double().cpu()
+        if world > 1:
+            sums = self.accelerator.reduce(sums.to(self.accelerator.device)).cpu()
+        values = (sums / targets).tolist()  # sync:
+        if not all(math.isfinite(loss) for loss, _ in values):
+            self.optimizer.zero_grad()
+            self.save(CHECKPOINT)
+            raise HispecError(
+                f"The loss is not a number at step {self.step + 1}: the weights before it are in "
+                f"{self.folder / CHECKPOINT}; lower --lr (now {recipe.lr:g}) or look at the data."
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(recipe, self.step)
+        for parameters in self.groups:
+            nn.utils.clip_grad_norm_(parameters, recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        row: dict[str, float] = {"targets": targets, "lr": learning_rate(recipe, self.step - 1)}
+        for e, (loss, right) in zip(self.exits.specs, values, strict=True):
+            row |= {f"loss_{e}": loss, f"right_{e}": right}
+        return row
+
+    def _batch(self, indices: Sequence[int]) -> Batch:
+        """The batch of some texts, the rounds drawn from (seed, step, text)."""
+        texts, roots = [self.cache[i] for i in indices], []
+        for index, text in zip(indices, texts, strict=True):
+            generator = torch.Generator()
+            generator.manual_seed(step_seed(self.recipe.seed, self.step) * 1_000_033 + index)
+            roots.append(draw_roots(text.first, len(text.pick), generator, self.recipe.max_round))
+        return collate(texts, roots, self.exits.layers).to(self.accelerator.device)
+
+    def _look(self) -> None:
+        """Notes the agreement on held-out texts, and keeps the best weights."""
+        assert self.held_out is not None
+        tallies: dict[int, Tally] = {}
+        if self.accelerator.is_main_process:
+            tallies = evaluate(
+                self.exits,
+                self.held_out,
+                limit=self.recipe.eval_texts,
+                autocast=self.recipe.autocast,
+            )
+            row: dict[str, float] = {"step": self.step, "seconds": round(self.elapsed_s, 2)}
+            row |= {f"top1_{e}": tally.top1 for e, tally in tallies.items()}
+            row |= {f"run4_{e}": tally.mean_run(4) for e, tally in tallies.items()}
+            self.history.held_out.append(row)
+            if self.on_step is not None:
+                self.on_step(row)
+        score = sum(tally.mean_run(4) for tally in tallies.values())
+        best = torch.tensor(float(score > self.best), device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            best = self.accelerator.reduce(best)
+        if best > 0:
+            self.best = score
+            self.save(BEST)
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The state in a checkpoint file.
+
+    Raises:
+        HispecError: If it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise HispecError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): delete it and start again."
+        ) from error
+
+
+def _write(path: Path, state: dict[str, Any]) -> None:
+    """The state stands under ``path`` whole, or the old one still does."""
+    buffer = io.BytesIO()  # torch.save to a full disk raises a RuntimeError that names nothing
+    torch.save(state, buffer)
+    temporary = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        kept = "the one before it is kept" if path.exists() else "there is none before it"
+        raise HispecError(
+            f"The disk is full: checkpoint {path} of step {state['step']} could not be written, "
+            f"{kept}. Free some room and run again with --resume."
+        ) from error

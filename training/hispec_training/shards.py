@@ -1,0 +1,369 @@
+"""What the frozen trunk said about every training token, kept on disk so that it runs once.
+
+A shard is one safetensors file of a few hundred sequences: token ids, the hidden states at the
+exits and at the end (bf16), and for every response position the target's pick and its top logits.
+Files are mapped, not read: a training step touches the pages it needs, and the
+size of the cache is bounded by the disk, not by memory.
+
+A shard counts once its note (a JSON file beside it with a key and a checksum) is in place, and
+the note is written last. The key hashes everything the content depends on; a shard that is torn,
+damaged or made from other data or another model is simply made again.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hispec.errors import HispecError, UsageError
+
+FORMAT = 1
+BATCH_TOKENS = 2048  # padded tokens the trunk sees at once
+HEAD_ROWS = 256  # rows of full-vocabulary logits held at once
+
+
+class Backbone(Protocol):
+    """The frozen model, as far as the cache needs it (``trunk.py``)."""
+
+    def states(self, ids: Tensor, lengths: Tensor, layers: Sequence[int]) -> dict[int, Tensor]:
+        """(B, T) ids → (B, T, D) residual streams after ``layers[0:e]``."""
+
+    def logits(self, states: Tensor) -> Tensor:
+        """(N, D) final states, before the norm → (N, V)."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text the trunk will see.
+
+    Attributes:
+        ids: Prompt and response.
+        prompt_length: Tokens before the response; the response's first token is predicted from
+            position ``prompt_length - 1``.
+        category: For tables.
+    """
+
+    ids: tuple[int, ...]
+    prompt_length: int
+    category: str = ""
+
+
+@dataclass(frozen=True)
+class CachedText:
+    """One cached text.
+
+    Attributes:
+        ids: (T,) int32.
+        states: Layer → (T, D) bf16.
+        first: First position with a target, ``prompt_length - 1``.
+        pick: (R,) int32 the target's picks at positions ``first … T - 2``.
+        top_ids: (R, K) int32, best first.
+        top_logits: (R, K) fp32.
+        category: For tables.
+    """
+
+    ids: Tensor
+    states: dict[int, Tensor]
+    first: int
+    pick: Tensor
+    top_ids: Tensor
+    top_logits: Tensor
+    category: str
+
+
+def read_examples(files: Sequence[Path], max_length: int) -> tuple[list[Example], dict[str, int]]:
+    """The usable rows of distilled JSONL files, in file order.
+
+    Args:
+        files: JSONL with ``prompt_ids`` and ``response_ids``.
+        max_length: Tokens; longer texts are cut at their end, and counted.
+
+    Returns:
+        The examples, and counts: rows, truncated, skipped.
+
+    Raises:
+        UsageError: If a row lacks the fields, or nothing usable is left.
+    """
+    examples: list[Example] = []
+    counts = {"rows": 0, "truncated": 0, "skipped": 0}
+    for path in files:
+        lines = path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                prompt, response = list(row["prompt_ids"]), list(row["response_ids"])
+            except (ValueError, KeyError, TypeError) as error:
+                if number == len(lines) - 1:
+                    break  # a writer's unfinished last line
+                fields = sorted(row) if isinstance(error, KeyError) else []
+                raise UsageError(
+                    f"{path}, line {number + 1}: a row needs prompt_ids and response_ids"
+                    + (f", found {', '.join(fields)}." if fields else " (not a JSON object).")
+                ) from error
+            counts["rows"] += 1
+            ids = tuple(prompt + response)[:max_length]
+            if not prompt or len(ids) <= len(prompt):
+                counts["skipped"] += 1
+                continue
+            counts["truncated"] += len(ids) < len(prompt) + len(response)
+            examples.append(Example(ids, len(prompt), str(row.get("category", ""))))
+    if not examples:
+        raise UsageError(f"No usable example in {', '.join(map(str, files))}: all were empty.")
+    return examples, counts
+
+
+def split_examples(examples: Sequence[Example], shard_tokens: int) -> list[list[Example]]:
+    """Consecutive groups of about ``shard_tokens`` tokens; appending rows keeps earlier groups."""
+    groups: list[list[Example]] = [[]]
+    size = 0
+    for example in examples:
+        if size >= shard_tokens:
+            groups.append([])
+            size = 0
+        groups[-1].append(example)
+        size += len(example.ids)
+    return groups
+
+
+def cut(order: Sequence[int], sizes: Sequence[int], limit: int) -> list[list[int]]:
+    """Consecutive groups of at most ``limit`` padded; one too long for any group stands alone."""
+    groups: list[list[int]] = []
+    longest = 0
+    for index in order:
+        longest = max(longest, sizes[index])
+        if not groups or longest * (len(groups[-1]) + 1) > limit:
+            groups.append([])
+            longest = sizes[index]
+        groups[-1].append(index)
+    return groups
+
+
+def build_shards(
+    folder: Path,
+    examples: Sequence[Example],
+    make_trunk: Callable[[], Backbone],
+    *,
+    fingerprint: str,
+    layers: Sequence[int],
+    top_k: int = 12,
+    shard_tokens: int = 65_536,
+    max_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ShardCache:
+    """Every shard that fits is in place; those already there and whole are kept.
+
+    Args:
+        folder: Where the shards live; created.
+        examples: What to run.
+        make_trunk: Called only if something has to run.
+        fingerprint: Of the base model.
+        layers: Exits whose states are kept, and L.
+        top_k: Target logits kept for each response position.
+        shard_tokens: Tokens in a shard.
+        max_bytes: Bound on the cache; examples beyond it are left out.
+        progress: Called with shards done and shards in all.
+
+    Raises:
+        HispecError: If the disk is full.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    groups = split_examples(examples, shard_tokens)
+    trunk: Backbone | None = None
+    total_bytes, notes = 0, []
+    for index, group in enumerate(groups):
+        key = _key(group, fingerprint, layers, top_k)
+        path = folder / f"shard-{index:05d}.safetensors"
+        note = read_note(path)
+        if note is None or note["key"] != key:
+            trunk = trunk or make_trunk()
+            try:
+                note = _write_shard(path, key, _run(trunk, group, layers, top_k), len(group))
+            except (OSError, SafetensorError) as error:
+                if getattr(error, "errno", None) != errno.ENOSPC and "space" not in str(error):
+                    raise
+                raise HispecError(
+                    f"The disk is full after {index} shards of {len(groups)} in {folder}: free "
+                    "some room and run again, or bound the cache with --cache-gb."
+                ) from error
+        total_bytes += note["bytes"]
+        if max_bytes is not None and total_bytes > max_bytes and notes:
+            break
+        notes.append(path)
+        if progress is not None:
+            progress(index + 1, len(groups))
+    return ShardCache(notes)
+
+
+def read_note(path: Path) -> dict[str, Any] | None:
+    """The note of a whole shard; None if the shard is missing, torn or damaged."""
+    try:
+        note = json.loads(path.with_suffix(".json").read_bytes())
+        if path.stat().st_size != note["bytes"] or _checksum(path) != note["crc32"]:
+            return None
+    except (OSError, ValueError, KeyError):
+        return None
+    return note
+
+
+class ShardCache:
+    """The sequences of some shards, mapped.
+
+    Args:
+        paths: Shards, each whole.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = list(paths)
+        self._tensors: list[dict[str, Tensor]] = []
+        self._layers: list[int] = []
+        self._where: list[tuple[int, int]] = []  # sequence → (shard, number in it)
+        self._categories: list[list[str]] = []
+        self.lengths: list[int] = []
+        self.response_lengths: list[int] = []
+        for number, path in enumerate(self.paths):
+            with safe_open(path, "pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                self._categories.append(json.loads(file.metadata()["categories"]))
+            self._tensors.append(tensors)
+            lengths = tensors["starts"].diff().tolist()
+            self.lengths += lengths
+            self.response_lengths += tensors["targets"].diff().tolist()
+            self._where += [(number, i) for i in range(len(lengths))]
+            self._layers = sorted(int(n[6:]) for n in tensors if n.startswith("state_"))
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers whose states are kept, L last."""
+        return self._layers
+
+    def __getitem__(self, index: int) -> CachedText:
+        shard, number = self._where[index]
+        tensors = self._tensors[shard]
+        start, end = tensors["starts"][number : number + 2].tolist()
+        low, high = tensors["targets"][number : number + 2].tolist()
+        return CachedText(
+            ids=tensors["ids"][start:end],
+            states={e: tensors[f"state_{e}"][start:end] for e in self._layers},
+            first=int(tensors["first"][number]),
+            pick=tensors["pick"][low:high],
+            top_ids=tensors["top_ids"][low:high],
+            top_logits=tensors["top_logits"][low:high],
+            category=self._categories[shard][number],
+        )
+
+    def pick_counts(self, vocab_size: int) -> Tensor:
+        """(V,) int64: how often the target picked each token."""
+        counts = torch.zeros(vocab_size, dtype=torch.int64)
+        for tensors in self._tensors:
+            counts += torch.bincount(tensors["pick"].long(), minlength=vocab_size)
+        return counts
+
+
+def _key(group: Sequence[Example], fingerprint: str, layers: Sequence[int], top_k: int) -> str:
+    digest = hashlib.sha256(json.dumps([FORMAT, fingerprint, list(layers), top_k]).encode())
+    for example in group:
+        digest.update(json.dumps([example.ids, example.prompt_length, example.category]).encode())
+    return digest.hexdigest()
+
+
+@torch.inference_mode()
+def _run(
+    trunk: Backbone, group: Sequence[Example], layers: Sequence[int], top_k: int
+) -> dict[str, Tensor | str]:
+    """The tensors of one shard, its sequences in the group's order."""
+    final = max(layers)
+    found: list[dict[str, Tensor]] = [{} for _ in group]
+    sizes = [len(example.ids) for example in group]
+    order = sorted(range(len(group)), key=lambda i: sizes[i])
+    for batch in cut(order, sizes, BATCH_TOKENS):
+        length = max(len(group[i].ids) for i in batch)
+        ids = torch.zeros(len(batch), length, dtype=torch.int64)
+        for row, i in enumerate(batch):
+            ids[row, : len(group[i].ids)] = torch.tensor(group[i].ids)
+        lengths = torch.tensor([len(group[i].ids) for i in batch])
+        states = trunk.states(ids, lengths, layers)
+        for row, i in enumerate(batch):
+            size, first = len(group[i].ids), group[i].prompt_length - 1
+            kept = {f"state_{e}": states[e][row, :size].bfloat16() for e in layers}
+            kept |= _answers(trunk, states[final][row, first : size - 1], top_k)
+            found[i] = kept
+    tensors: dict[str, Tensor | str] = {
+        name: torch.cat([kept[name] for kept in found]).contiguous() for name in found[0]
+    }
+    first = torch.tensor([example.prompt_length - 1 for example in group])
+    tensors["ids"] = torch.tensor([t for example in group for t in example.ids]).int()
+    tensors["first"] = first.int()
+    tensors["starts"] = torch.tensor([0, *sizes]).cumsum(0)
+    targets = torch.tensor(sizes) - 1 - first
+    tensors["targets"] = torch.cat([torch.zeros(1, dtype=torch.int64), targets.cumsum(0)])
+    tensors["categories"] = json.dumps([example.category for example in group])
+    return tensors
+
+
+def _answers(trunk: Backbone, states: Tensor, top_k: int) -> dict[str, Tensor]:
+    """The target's pick and top logits at (R, D) final states, HEAD_ROWS at a time."""
+    parts: dict[str, list[Tensor]] = {"pick": [], "top_ids": [], "top_logits": []}
+    for start in range(0, states.shape[0], HEAD_ROWS):
+        logits = trunk.logits(states[start : start + HEAD_ROWS])  # (n, V)
+        values, indices = logits.topk(top_k, -1)
+        # bf16 logits tie often; the target's pick is then the lowest id. (A second pass over the
+        # vocabulary for argmax would double the cost of this function.)
+        tied = torch.where(values == values[:, :1], indices, logits.shape[-1])
+        parts["pick"].append(tied.amin(-1).int())
+        parts["top_ids"].append(indices.int())
+        parts["top_logits"].append(values.float())
+    return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def _write_shard(
+    path: Path, key: str, tensors: dict[str, Tensor | str], sequences: int
+) -> dict[str, Any]:
+    """The shard and then its note stand under their names; returns the note."""
+    note_path = path.with_suffix(".json")
+    note_path.unlink(missing_ok=True)
+    temporary = path.with_suffix(".part")
+    metadata = {"categories": str(tensors.pop("categories"))}
+    try:
+        save_file(tensors, temporary, metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    note = {
+        "key": key,
+        "crc32": _checksum(path),
+        "bytes": path.stat().st_size,
+        "sequences": sequences,
+        "tokens": int(tensors["ids"].numel()),
+        "targets": int(tensors["pick"].numel()),
+    }
+    part = note_path.with_suffix(".json.part")
+    part.write_text(json.dumps(note))
+    os.replace(part, note_path)
+    return note
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
