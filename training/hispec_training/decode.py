@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hispec.model.llama import Llama
 from hispec_training.trunk import Trunk
 
 _BUCKET = 64  # positions by which a cache grows
@@ -64,13 +65,13 @@ class BatchDecoder:
     """Continues lists of requests on a trunk.
 
     Args:
-        trunk: The model.
+        model: A trunk, or a model whose compiled passes take rows of several texts.
         eos_token_ids: Tokens that end a text.
         rows: How many texts advance together.
     """
 
-    def __init__(self, trunk: Trunk, eos_token_ids: Sequence[int], rows: int = 64) -> None:
-        self.trunk = trunk
+    def __init__(self, model: Trunk | Llama, eos_token_ids: Sequence[int], rows: int = 64) -> None:
+        self.model = model
         self.eos = frozenset(eos_token_ids)
         self.rows = rows
 
@@ -97,7 +98,7 @@ class BatchDecoder:
         if skipped := [i for i, r in enumerate(requests) if r.max_new_tokens <= 0]:
             yield skipped
         pending.reverse()
-        batch = _Batch(self.trunk, min(self.rows, len(pending)))
+        batch = self._batch(requests, min(self.rows, len(pending)))
         while pending or batch.num_active:
             free = batch.free_rows()
             # Prompts come in groups: one at a time would be a pass over the weights each.
@@ -111,7 +112,7 @@ class BatchDecoder:
                 rows = batch.active_rows()
                 h = batch.step()[rows]
             ended = []
-            for row, token in zip(rows, batch.pick(rows, self.trunk.logits(h)), strict=True):
+            for row, token in zip(rows, batch.pick(rows, batch.logits(h)), strict=True):
                 index = batch.request[row]
                 answer = answers[index]
                 answer.ids.append(token)
@@ -124,6 +125,14 @@ class BatchDecoder:
                 ended.append(index)
             if ended:
                 yield ended
+
+    def _batch(self, requests: Sequence[Request], rows: int) -> Batch:
+        if isinstance(self.model, Trunk):
+            return TrunkBatch(self.model, rows)
+        from hispec_training.texts import TextBatch
+
+        longest = max(len(r.prompt_ids) + r.max_new_tokens for r in requests)
+        return TextBatch(self.model, rows, longest)
 
 
 class _Group:
@@ -184,19 +193,16 @@ class _Group:
         return torch.bmm(weights, values.flatten(0, 1)).view(rows, -1)
 
 
-class _Batch:
-    """The rows in flight: their caches, lengths and last tokens.
+class Batch:
+    """The rows in flight: their lengths and last tokens. How they are run is the subclass's.
 
-    A free row has ``request`` -1 and length 0; it is computed along and ignored.
+    A free row has ``request`` -1 and length 0.
 
     Args:
-        trunk: The model.
         rows: How many texts advance together.
     """
 
-    def __init__(self, trunk: Trunk, rows: int) -> None:
-        self.trunk = trunk
-        self.groups = [_Group(trunk, min(_GROUP, rows - i)) for i in range(0, rows, _GROUP)]
+    def __init__(self, rows: int) -> None:
         self.request = [-1] * rows
         self.last = [0] * rows
         self.lengths = [0] * rows  # tokens in the cache
@@ -212,20 +218,89 @@ class _Batch:
     def num_active(self) -> int:
         return self.rows - self.request.count(-1)
 
+    def active_rows(self) -> list[int]:
+        return [row for row, index in enumerate(self.request) if index >= 0]
+
+    def free_rows(self) -> list[int]:
+        """Free rows, the best to fill first."""
+        raise NotImplementedError
+
+    def admit(self, rows: list[int], indices: list[int], requests: list[Request]) -> Tensor:
+        """Runs the prompts in ``rows``; returns the last tokens' final states, (len(rows), D)."""
+        raise NotImplementedError
+
+    def step(self) -> Tensor:
+        """Runs the last token of every row; returns final states, (rows, D), rubbish in free rows."""
+        raise NotImplementedError
+
+    def logits(self, h: Tensor) -> Tensor:
+        """Returns (B, V) of final states (B, D)."""
+        raise NotImplementedError
+
+    def drop_free_rows(self) -> None:
+        """Forgets free rows where they cost; called when no more prompts come."""
+        raise NotImplementedError
+
+    def begin(self, row: int, index: int, request: Request) -> None:
+        """Row ``row`` belongs to a request from here on, its prompt counted as cached."""
+        self.request[row] = index
+        self.lengths[row] = len(request.prompt_ids)
+        self.temperatures[row] = request.temperature
+        self.counts[row] = 0
+        if request.temperature > 0:
+            generator = torch.Generator().manual_seed(request.seed)
+            self.uniforms[row] = torch.rand(request.max_new_tokens, generator=generator)
+
+    def release(self, row: int) -> None:
+        """Row ``row`` is free."""
+        self.request[row] = -1
+        self.last[row] = 0
+        self.lengths[row] = 0
+        self.uniforms[row] = None
+
+    def pick(self, rows: list[int], logits: Tensor) -> list[int]:
+        """The next token of each row: the largest logit, or a draw by the inverse of the CDF.
+
+        Args:
+            rows: Which rows.
+            logits: (len(rows), V).
+        """
+        tokens = _argmax(logits)
+        drawn = [i for i, row in enumerate(rows) if self.uniforms[row] is not None]
+        if drawn:
+            heat = torch.tensor([self.temperatures[rows[i]] for i in drawn], device=logits.device)
+            points = torch.stack([self.uniforms[rows[i]][self.counts[rows[i]]] for i in drawn])
+            sums = (logits[drawn].float() / heat[:, None]).softmax(-1).cumsum(-1)  # (n, V)
+            points = points.to(logits.device)[:, None] * sums[:, -1:]
+            found = torch.searchsorted(sums, points, right=True)[:, 0]
+            tokens[drawn] = found.clamp_(max=logits.shape[-1] - 1)
+        for row in rows:
+            self.counts[row] += 1
+        return tokens.tolist()
+
+
+class TrunkBatch(Batch):
+    """The rows in flight, run by a trunk in groups that share a cache. Free rows are computed along.
+
+    Args:
+        trunk: The model.
+        rows: How many texts advance together.
+    """
+
+    def __init__(self, trunk: Trunk, rows: int) -> None:
+        super().__init__(rows)
+        self.trunk = trunk
+        self.groups = [_Group(trunk, min(_GROUP, rows - i)) for i in range(0, rows, _GROUP)]
+
     def free_rows(self) -> list[int]:
         """Free rows, those beside the longest texts first: long prompts belong together."""
         free = [row for row, index in enumerate(self.request) if index < 0]
         sizes = [g.capacity for g in self.groups for _ in range(g.rows)]
         return sorted(free, key=lambda row: -sizes[row])
 
-    def active_rows(self) -> list[int]:
-        return [row for row, index in enumerate(self.request) if index >= 0]
-
-    def release(self, row: int) -> None:
-        self.request[row] = -1
-        self.last[row] = 0
-        self.lengths[row] = 0
-        self.uniforms[row] = None
+    def logits(self, h: Tensor) -> Tensor:
+        """Returns (B, V) of final states."""
+        return self.trunk.logits(h)
 
     def admit(self, rows: list[int], indices: list[int], requests: list[Request]) -> Tensor:
         """Runs the prompts and stores their keys and values in ``rows``.
@@ -239,13 +314,7 @@ class _Batch:
         ids = torch.zeros(count, width, dtype=torch.long)
         for i, (row, request) in enumerate(zip(rows, requests, strict=True)):
             ids[i, : lengths[i]] = torch.tensor(list(request.prompt_ids))
-            self.request[row] = indices[i]
-            self.lengths[row] = len(request.prompt_ids)
-            self.temperatures[row] = request.temperature
-            self.counts[row] = 0
-            if request.temperature > 0:
-                generator = torch.Generator().manual_seed(request.seed)
-                self.uniforms[row] = torch.rand(request.max_new_tokens, generator=generator)
+            self.begin(row, indices[i], request)
         self._reserve()
         places = [(group, place) for group in self.groups for place in range(group.rows)]
 
@@ -293,26 +362,6 @@ class _Batch:
         for row in self.active_rows():
             self.lengths[row] += 1
         return h
-
-    def pick(self, rows: list[int], logits: Tensor) -> list[int]:
-        """The next token of each row: the largest logit, or a draw by the inverse of the CDF.
-
-        Args:
-            rows: Which rows.
-            logits: (len(rows), V).
-        """
-        tokens = _argmax(logits)
-        drawn = [i for i, row in enumerate(rows) if self.uniforms[row] is not None]
-        if drawn:
-            heat = torch.tensor([self.temperatures[rows[i]] for i in drawn], device=logits.device)
-            points = torch.stack([self.uniforms[rows[i]][self.counts[rows[i]]] for i in drawn])
-            sums = (logits[drawn].float() / heat[:, None]).softmax(-1).cumsum(-1)  # (n, V)
-            points = points.to(logits.device)[:, None] * sums[:, -1:]
-            found = torch.searchsorted(sums, points, right=True)[:, 0]
-            tokens[drawn] = found.clamp_(max=logits.shape[-1] - 1)
-        for row in rows:
-            self.counts[row] += 1
-        return tokens.tolist()
 
     def drop_free_rows(self) -> None:
         """Forgets the free rows of groups where they are many; for when no more prompts come."""
