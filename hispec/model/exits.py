@@ -11,9 +11,12 @@ A checkpoint trained the LayerSkip way needs none of them: ``SharedHead`` is nor
 are. A head with a block keeps its keys and values under the cache's positions and catches up, when
 it is next asked, on the positions that passed its exit without it.
 
-*Deep context.* Positions before the root have been through the whole model, so their final states
-are known. A block trained for it reads its keys and values there from those states and only at the
-root and the drafts from the exit's: it sees what the target has concluded about the past.
+*Deep context.* Positions p before the root r have been through the whole model, so their final states
+h_L(p) are known, and with them what the target has concluded about the past. A block trained for it
+reads them twice: as keys and values, and as a feature of the last of them that every row receives.
+
+    k(p), v(p) = W_kv rms(proj u(p)) + C_kv rms(h_L(p))                           p < r
+    x(t) = proj u(t) + bias + F rms(h_L(r − 1))                                   t ≥ r
 
 Heads only draft: nothing they compute reaches the output.
 """
@@ -38,6 +41,7 @@ from hispec.model.block import Block, read_block
 from hispec.model.llama import PREFILL_CHUNK, Llama
 from hispec.model.passes import MAX_WIDTH, Passes
 from hispec.model.tensorfile import TensorFile
+from hispec_kernels import rms_norm
 
 FORMAT = "hispec-exits"
 
@@ -139,16 +143,25 @@ class TrainedHead:
             )
             self.block = read_block(read, "block.", config, model.layout)
             if "block.context_k_proj.weight" in tensors:
-                names = ("block.context_k_proj.weight", "block.context_v_proj.weight")
-                self.context = linear(torch.cat([read(name) for name in names]))
+                pairs = (
+                    torch.cat([read(f"block.self_attn.{x}_proj.weight") for x in "kv"]),
+                    torch.cat([read(f"block.context_{x}_proj.weight") for x in "kv"]),
+                )
+                self.context = linear(torch.cat(pairs, dim=1))  # 2 D → 2 H_kv D_h
                 self.context_norm = read("block.context_layernorm.weight")
+        self.feature: Linear | None = None
+        if "feature_proj.weight" in tensors:
+            self.feature = linear(read("feature_proj.weight"))
+            self.feature_norm = read("feature_layernorm.weight")
+        self._feature_of: tuple[int, Tensor] = (-1, torch.empty(0))  # a root and what it receives
 
     def logits(self, cache: Cache, first: int, root: int) -> Tensor:
         """See :class:`ExitHead`. A block first catches up on what it has not seen."""
         states = cache.states[self.exit_layer]
         end = cache.computed[self.exit_layer]
+        self._receive(cache, root)
         if self.block is None:
-            x = self._project(states[first:end])
+            x = self._enter(states[first:end])
         else:
             x = self._through_block(cache, states, first, end, root)
         return self.model.narrow.project(self.head, x, self.norm)
@@ -157,12 +170,26 @@ class TrainedHead:
         """See :class:`ExitHead`."""
         self.known = min(self.known, length)
         self.final = min(self.final, length)
+        if self._feature_of[0] > length:
+            self._feature_of = (-1, torch.empty(0))
 
     def _passes(self, rows: int) -> Passes:
         return self.model.narrow if rows <= MAX_WIDTH else self.model.wide
 
     def _project(self, u: Tensor) -> Tensor:
         return u if self.proj is None else self._passes(u.shape[0]).project(self.proj, u)
+
+    def _receive(self, cache: Cache, root: int) -> None:
+        """Fetches the round's feature, once a root."""
+        if self.feature is not None and self._feature_of[0] != root:
+            deep = cache.states[self.model.config.num_layers][root - 1 : root]
+            row = self.model.narrow.project(self.feature, deep, self.feature_norm)  # (1, D)
+            self._feature_of = (root, row)
+
+    def _enter(self, u: Tensor) -> Tensor:
+        """The block's input at and after the root."""
+        x = self._project(u)
+        return x if self.feature is None else x + self._feature_of[1]
 
     def _through_block(
         self, cache: Cache, states: Tensor, first: int, end: int, root: int
@@ -189,14 +216,20 @@ class TrainedHead:
 
     def _run_block(self, u: Tensor, position: int) -> Tensor:
         assert self.block is not None and self.kv is not None
-        return self._passes(u.shape[0]).run([self.block], self._project(u), position, self.kv, 0)
+        return self._passes(u.shape[0]).run([self.block], self._enter(u), position, self.kv, 0)
 
     def _write_context(self, cache: Cache, start: int, end: int) -> None:
         """After the call keys and values at ``start`` … ``end - 1`` are those of final states."""
-        assert self.context is not None and self.kv is not None
-        deep = cache.states[self.model.config.num_layers][start:end]  # (T, D)
-        kv = self._passes(end - start).project(self.context, deep, self.context_norm)
-        self.model.narrow.store(kv, start, self.kv, 0)
+        assert self.context and self.kv and self.block
+        model, eps = self.model, self.model.config.rms_norm_eps
+        shallow = self._project(cache.states[self.exit_layer][start:end])
+        deep = cache.states[model.config.num_layers][start:end]
+        both = [
+            rms_norm(x.float(), norm.float(), eps)
+            for x, norm in ((shallow, self.block.attention_norm), (deep, self.context_norm))
+        ]
+        kv = self._passes(end - start).project(self.context, torch.cat(both, -1))
+        model.narrow.store(kv, start, self.kv, 0)
 
 
 @dataclass(frozen=True)
