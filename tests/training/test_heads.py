@@ -1,7 +1,7 @@
 import pytest
 import torch
 from hispec_training.batches import collate, fixed_roots
-from hispec_training.heads import ExitHead, HeadSpec, attend, frequent_tokens
+from hispec_training.heads import ExitHead, HeadSpec, Norm, attend, frequent_tokens
 from training.exit_setup import make_cache, make_exits
 
 from hispec.errors import UsageError
@@ -74,6 +74,19 @@ def test_rows_do_not_depend_on_their_company(checkpoint, tmp_path, context):
         exits.normed(collate([t], [r], exits.layers), 2) for t, r in zip(texts, roots, strict=True)
     ]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_norm_and_its_gradient_are_torchs():
+    norm = Norm(torch.rand(16) + 0.5, 1e-5)
+    x = torch.randn(3, 5, 16, requires_grad=True)
+    other = torch.randn(3, 5, 16)
+    found = torch.autograd.grad((norm(x) * other).sum(), [x, norm.weight])
+    want = torch.nn.functional.rms_norm(x, (16,), norm.weight, 1e-5)
+    torch.testing.assert_close(norm(x), want)
+    for one, two in zip(
+        found, torch.autograd.grad((want * other).sum(), [x, norm.weight]), strict=True
+    ):
+        torch.testing.assert_close(one, two)
 
 
 def test_attention_is_torchs():

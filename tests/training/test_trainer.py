@@ -237,6 +237,19 @@ def test_command_trains_from_prompts_to_a_folder(make_llama, tmp_path, capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_data_with_answers_needs_no_decoding(make_llama, tmp_path, monkeypatch):
+    from hispec_training import distill
+
+    monkeypatch.setattr(distill, "main", lambda args: pytest.fail("the model was asked"))
+    folder = make_llama()
+    rows = [{"question": f"What is {i}?", "answer": f"It is {i}."} for i in range(30)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert hispec(command(folder, tmp_path / "exits", "--use-responses")) == 0
+    made = [json.loads(x) for x in (tmp_path / "exits/work/tokenized-0.jsonl").open()]
+    tokenizer = open_checkpoint(folder).tokenizer
+    assert len(made) == 30 and tokenizer.decode(made[7]["response_ids"]) == "It is 7.<|eos|>"
+
+
 @pytest.mark.parametrize(
     "more, message",
     [

@@ -82,8 +82,31 @@ class HeadSpec:
         return asdict(self)
 
 
+class _RmsNorm(torch.autograd.Function):
+    """``F.rms_norm`` with a gradient of five passes over x instead of a dozen in fp32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        scale = torch.rsqrt(norm.square() / x.shape[-1] + eps).to(x.dtype)
+        unit = x * scale
+        weight = weight.to(x.dtype)
+        ctx.save_for_backward(unit, scale, weight)
+        return unit * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor, None]:
+        unit, scale, weight = ctx.saved_tensors
+        grad_weight = (grad * unit).flatten(0, -2).sum(0, dtype=torch.float32)
+        if not ctx.needs_input_grad[0]:
+            return None, grad_weight, None
+        grad = grad * weight
+        along = (grad * unit).mean(-1, keepdim=True)
+        return torch.addcmul(grad, unit, along, value=-1).mul_(scale), grad_weight, None
+
+
 class Norm(nn.Module):
-    """Llama's RMS norm: ``x / sqrt(mean(x²) + eps) * weight``."""
+    """Llama's RMS norm: ``x / sqrt(mean(x²) + eps) * weight``, the weight kept in fp32."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         super().__init__()
@@ -91,8 +114,8 @@ class Norm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) → (..., D) in x's dtype, computed in fp32."""
-        return F.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), self.eps).to(x.dtype)
+        """(..., D) → (..., D) in x's dtype."""
+        return _RmsNorm.apply(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):

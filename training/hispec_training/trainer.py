@@ -15,6 +15,7 @@ the first process prepares the cache, the others wait for it.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
@@ -23,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 from hispec.errors import HispecError, UsageError
 
 if TYPE_CHECKING:
-
     from hispec.model.checkpoint import Checkpoint
     from hispec_training.loop import Recipe
     from hispec_training.shards import ShardCache
@@ -56,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument("--distill-minutes", type=float, default=None, help="bound on answering")
     data.add_argument("--cache-gb", type=float, default=None, help="bound on the cache of states")
+    data.add_argument(
+        "--use-responses", action="store_true", help="take the data's answers, not the model's"
+    )
     heads = parser.add_argument_group("heads (frozen mode)")
     heads.add_argument("--head", choices=["block", "affine", "shared"], default="block")
     heads.add_argument("--context", choices=["deep", "none"], default=None, help="default: deep")
@@ -280,7 +283,7 @@ def run_facts(
 
 
 def _answered(args: argparse.Namespace, path: Path, index: int, work: Path) -> Path:
-    """The file itself if it holds answers of the target, else one that does, made now."""
+    """The file itself if it holds tokenized answers, else one that does, made now."""
     from hispec_training import distill
     from hispec_training.data import read_jsonl
 
@@ -290,10 +293,12 @@ def _answered(args: argparse.Namespace, path: Path, index: int, work: Path) -> P
             raise UsageError(f"{path} is empty: nothing to train on.")
         if "response_ids" in first[1]:
             return path
+    work.mkdir(parents=True, exist_ok=True)
+    if args.use_responses:
+        return _tokenized(args.model, path, work / f"tokenized-{index}.jsonl")
     out = work / f"distilled-{index}.jsonl"
     if out.exists():
         return out
-    work.mkdir(parents=True, exist_ok=True)
     parser = argparse.ArgumentParser()
     distill.add_arguments(parser)
     given = ["--model", args.model, "--prompts", str(path), "--out", str(out), "--resume"]
@@ -301,6 +306,34 @@ def _answered(args: argparse.Namespace, path: Path, index: int, work: Path) -> P
     if args.distill_minutes is not None:
         given += ["--minutes", str(args.distill_minutes)]
     distill.main(parser.parse_args(given))
+    return out
+
+
+def _tokenized(model: str, source: Path, out: Path) -> Path:
+    """``out`` holds the source's own prompts and responses as token ids."""
+    from hispec.model.checkpoint import open_checkpoint
+    from hispec_training.data import encode_prompt, read_records
+    from hispec_training.distill import write_atomically
+
+    checkpoint = open_checkpoint(model)
+    lines = []
+    for record in read_records(source).records:
+        if record.response is None:
+            continue
+        response = checkpoint.tokenizer(record.response, add_special_tokens=False)["input_ids"]
+        row = {
+            "id": record.id,
+            "category": record.category,
+            "prompt_ids": encode_prompt(record, checkpoint.tokenizer),
+            "response_ids": [*response, *checkpoint.eos_token_ids[:1]],
+        }
+        lines.append(json.dumps(row) + "\n")
+    if not lines:
+        raise UsageError(
+            f"{source} has no responses to train on: leave --use-responses out to have the model "
+            "answer the prompts."
+        )
+    write_atomically(out, "".join(lines))
     return out
 
 
