@@ -13,6 +13,7 @@ import torch
 from hispec_training import distill
 from hispec_training.data import DataError
 from hispec_training.decode import BatchDecoder, Request, _argmax
+from hispec_training.files import write_atomically
 from hispec_training.trunk import Trunk
 
 from hispec.errors import HispecError, UsageError
@@ -312,7 +313,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(HispecError, match="No space left"):
-        distill.write_atomically(target, "after")
+        write_atomically(target, "after")
     assert target.read_text() == "before"
     assert list(tmp_path.iterdir()) == [target]
 

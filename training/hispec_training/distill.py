@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import sys
 import time
@@ -33,6 +32,7 @@ from hispec_training.data import (
     read_jsonl,
     read_records,
 )
+from hispec_training.files import write_atomically
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -304,13 +304,19 @@ def main(args: argparse.Namespace) -> int:
 def _decode(args: argparse.Namespace, checkpoint: Any, folder: ShardFolder, todo: list[int]):
     import torch
 
+    from hispec.model.llama import Llama, best_layout
     from hispec_training.decode import BatchDecoder
     from hispec_training.trunk import Trunk
 
     _keep_memory()
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    trunk = Trunk(checkpoint, dtype, args.device)
-    decoder = BatchDecoder(trunk, checkpoint.eos_token_ids, args.rows)
+    device = torch.device(args.device)
+    model: Trunk | Llama
+    if best_layout(checkpoint.config, dtype, device) == "tiles":
+        model = Llama.load(checkpoint, dtype, device)
+    else:
+        model = Trunk(checkpoint, dtype, args.device)
+    decoder = BatchDecoder(model, checkpoint.eos_token_ids, args.rows)
     progress = Progress(sum(len(folder.shards[i]) for i in todo))
     for index in todo:
         answers = decode_shard(decoder, folder.shards[index], args.max_new_tokens, progress.add)
@@ -369,24 +375,6 @@ class Progress:
             f"{self.rows}/{self.total} rows, {self.tokens:,} tokens, {self._rate():.0f} tok/s, "
             f"{left_s / 60:.0f} min left"
         )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """``path`` holds ``text``, or what it held before if this is interrupted.
-
-    Raises:
-        HispecError: The disk is full or the folder cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise HispecError(f"Cannot write {path}: {error.strerror or error}.") from error
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -1,0 +1,315 @@
+"""``hispec train --mode lora``: a backbone that can also stop early, and what that cost.
+
+    cache       as for heads, but only the original's final states are kept
+    updates     LoRA through peft, trained with early-exit losses (``adapt``)
+    OUT         the adapter, a report of what changed (``quality``), a card
+    OUT/merged  the same as a plain Llama checkpoint, for transformers' ``assistant_early_exit``
+
+The output of the result is lossless only with respect to the adapted model: perplexity and greedy
+agreement with the original are measured before and after, on the merged checkpoint as it is saved.
+Launched with ``accelerate launch -m hispec_training.trainer --mode lora …`` it trains
+data-parallel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hispec.errors import UsageError
+
+if TYPE_CHECKING:
+    from hispec.model.checkpoint import Checkpoint
+    from hispec_training.adapt import LoraRecipe
+    from hispec_training.loop import History
+    from hispec_training.shards import ShardCache
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``parser`` knows the options of ``lora`` mode beyond those of ``hispec train``."""
+    group = parser.add_argument_group("backbone (lora mode)")
+    add = group.add_argument
+    add("--rank", type=int, default=64, help="of the layers below the deepest exit")
+    add("--deep-rank", type=int, default=8, help="of the layers above; 0 leaves them alone")
+    add(
+        "--curriculum",
+        choices=["rotate", "all", "gradual"],
+        default="rotate",
+        help="exits with a loss at a step: one after the other, all, or the deepest first",
+    )
+    add("--exit-scale", type=float, default=0.0, help="how much more deeper exits weigh")
+    add("--layer-dropout", type=float, default=0.0, help="chance to leave out the last layer")
+    add("--keep", type=float, default=2.0, help="weight of the divergence from the original")
+    add("--keep-every", type=int, default=2, help="steps from one full pass to the next")
+    add("--batch-tokens", type=int, default=4096, help="padded tokens of a batch")
+    add("--save-minutes", type=float, default=10.0, help="a checkpoint at least this often")
+    add("--perplexity", metavar="FILE", help="plain text to report perplexity on (.gz too)")
+    add("--perplexity-tokens", type=int, default=None, help="use only its first tokens")
+
+
+def main(args: argparse.Namespace) -> int:
+    """The adapter, the merged checkpoint and the report are in ``args.out``; returns the exit code.
+
+    Raises:
+        HispecError: Bad options or data, a full disk, or a loss that is not a number.
+    """
+    _check(args)
+    try:
+        import peft  # noqa: F401
+        from accelerate import Accelerator
+    except ImportError as error:
+        raise UsageError(
+            f"lora mode needs the package {error.name}: pip install 'hispec[train]'."
+        ) from error
+    import torch
+
+    from hispec.model.checkpoint import open_checkpoint
+    from hispec_training.adapt import LoraTrainer
+    from hispec_training.adapter import LoraShape, Student, add_lora, save_adapter
+    from hispec_training.report import Progress
+    from hispec_training.trainer import exit_layers, prepare
+
+    checkpoint = open_checkpoint(args.model)
+    last = checkpoint.config.num_layers
+    exits = exit_layers(args.exits, last)
+    accelerator = Accelerator(
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=str(args.out / "work"),
+    )
+    work = args.out / "work"
+    with accelerator.main_process_first():
+        cache, held_out = prepare(args, checkpoint, [last], work, accelerator.is_main_process)
+    recipe = make_recipe(args, exits, cache)
+    shape = LoraShape(args.rank, args.deep_rank)
+    dtype = torch.bfloat16 if recipe.autocast else torch.float32
+    student = Student(add_lora(checkpoint, exits, shape, dtype, args.seed))
+    if args.report_to != "none":
+        accelerator.init_trackers("hispec", config={k: str(v) for k, v in vars(recipe).items()})
+    progress = Progress(recipe.steps, accelerator if args.report_to != "none" else None)
+    trainer = LoraTrainer(
+        student, cache, held_out, recipe, work, accelerator, progress.add, args.save_minutes
+    )
+    if args.resume:
+        trainer.resume()
+    if accelerator.is_main_process:
+        count = sum(p.numel() for p in trainer.parameters)
+        _say(f"{len(cache):,} texts, {recipe.steps} steps; {count:,} parameters")
+    try:
+        history = trainer.run()
+    finally:
+        progress.close()
+        if args.report_to != "none":
+            accelerator.end_training()
+    if accelerator.is_main_process:
+        record = {
+            "mode": "lora",
+            "base": checkpoint.name,
+            "base_fingerprint": checkpoint.fingerprint,
+            "exits": exits,
+            "training": _facts(recipe, cache, history),
+        }
+        save_adapter(student.model, args.out, record)
+        finish(args, checkpoint, exits, held_out, record, history)
+    accelerator.wait_for_everyone()
+    return 0
+
+
+def make_recipe(args: argparse.Namespace, exits: Sequence[int], cache: ShardCache) -> LoraRecipe:
+    """The recipe of the options; epochs become steps."""
+    from hispec_training.adapt import LoraRecipe, text_batches
+
+    steps = args.steps
+    if steps is None:
+        per_epoch = len(text_batches(cache, args.batch_tokens, args.seed, 0)) / args.accumulate
+        steps = max(1, round(args.epochs * per_epoch))
+    return LoraRecipe(
+        exits=tuple(exits),
+        steps=steps,
+        batch_tokens=args.batch_tokens,
+        accumulate=args.accumulate,
+        lr=args.lr,
+        warmup_steps=min(20, max(1, steps // 10)),
+        soft=args.soft,
+        curriculum=args.curriculum,
+        exit_scale=args.exit_scale,
+        layer_dropout=args.layer_dropout,
+        keep=args.keep,
+        keep_every=args.keep_every,
+        seed=args.seed,
+        eval_every=args.eval_every,
+        save_every=args.save_every,
+    )
+
+
+def finish(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    exits: Sequence[int],
+    held_out: ShardCache | None,
+    record: dict[str, Any],
+    history: History,
+) -> dict[str, Any]:
+    """The merged checkpoint, ``quality.json``, curves and the card are in ``args.out``.
+
+    Returns:
+        What ``quality.json`` holds.
+    """
+    import torch
+
+    from hispec.model.checkpoint import open_checkpoint
+    from hispec_training.adapter import merge_adapter
+    from hispec_training.files import write_atomically
+    from hispec_training.report import write_report
+
+    merged = args.out / "merged"
+    merge_adapter(checkpoint, args.out, merged, torch.bfloat16)
+    quality = compare(
+        checkpoint,
+        open_checkpoint(merged),
+        exits,
+        held_out,
+        None if args.perplexity is None else Path(args.perplexity),
+        args.perplexity_tokens,
+    )
+    write_atomically(args.out / "quality.json", json.dumps(quality, indent=1) + "\n")
+    write_atomically(args.out / "README.md", card(record, quality))
+    filled: dict[str, float] = {}
+    for number, row in enumerate(history.losses):  # exits take turns: draw the last known value
+        filled |= row
+        history.losses[number] = dict(filled)
+    known = [row for row in history.losses if all(f"loss_{e}" in row for e in exits)]
+    history.losses[:] = known or history.losses[:0]
+    write_report(args.out / "report", history, {})
+    _say(f"adapter in {args.out}, merged checkpoint in {merged}")
+    for line in summary(quality):
+        _say(line)
+    return quality
+
+
+def compare(
+    original: Checkpoint,
+    adapted: Checkpoint,
+    exits: Sequence[int],
+    held_out: ShardCache | None,
+    text: Path | None,
+    text_tokens: int | None,
+) -> dict[str, Any]:
+    """Returns perplexity and agreement of both, in bf16, one model in memory at a time."""
+    import torch
+
+    from hispec_training.quality import agreement, perplexity
+    from hispec_training.trunk import Trunk
+
+    ids = None if text is None else read_text(text, original)[:text_tokens]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    quality: dict[str, Any] = {}
+    for name, checkpoint in (("before", original), ("after", adapted)):
+        trunk = Trunk(checkpoint, device=device)
+        found: dict[str, Any] = {}
+        if ids is not None:
+            found["perplexity"] = round(perplexity(trunk, ids), 4)
+        if held_out is not None:
+            found |= agreement(trunk, held_out, exits).table()
+        quality[name] = found
+    if ids is not None:
+        before, after = quality["before"]["perplexity"], quality["after"]["perplexity"]
+        quality["perplexity_change"] = round(after / before - 1, 4)
+        quality["perplexity_text"] = f"{text.name if text else ''}, {len(ids)} tokens"
+    return quality
+
+
+def read_text(path: Path, checkpoint: Checkpoint) -> list[int]:
+    """Returns the ids of a plain text file, gzipped or not.
+
+    Raises:
+        UsageError: It cannot be read or holds fewer than two tokens.
+    """
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        raise UsageError(f"Cannot read the text {path}: {error}.") from error
+    ids = checkpoint.tokenizer(text, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise UsageError(f"{path} is too short to measure perplexity on.")
+    return list(ids)
+
+
+def summary(quality: Mapping[str, Any]) -> list[str]:
+    """Returns the report in a few lines."""
+    before, after, lines = quality["before"], quality["after"], []
+    if "perplexity" in after:
+        lines.append(
+            f"perplexity {before['perplexity']:.2f} -> {after['perplexity']:.2f} "
+            f"({quality['perplexity_change']:+.1%}) on {quality['perplexity_text']}"
+        )
+    if "greedy_agreement" in after:
+        lines.append(
+            f"greedy agreement with the original {after['greedy_agreement']['all']:.3f} "
+            f"over {after['positions']} positions"
+        )
+        for e, ratio in after["exits"].items():
+            was = before["exits"][e]["all"]
+            lines.append(f"exit {e} agrees with the final layer: {was:.3f} -> {ratio['all']:.3f}")
+    return lines
+
+
+def card(record: Mapping[str, Any], quality: Mapping[str, Any]) -> str:
+    """Returns the adapter's model card."""
+    exits = ", ".join(map(str, record["exits"]))
+    lines = "\n".join(f"- {line}" for line in summary(quality))
+    training = ", ".join(f"{k} {v}" for k, v in record["training"].items() if k != "recipe")
+    return f"""---
+base_model: {record["base"]}
+library_name: peft
+tags: [early-exit, layerskip, self-speculative-decoding]
+---
+
+# Early exits at layers {exits} for {record["base"]}
+
+A LoRA adapter trained with early-exit losses, so that the model's own norm and head can be used
+after layers {exits}. Merged into its base it is a plain Llama for self-speculative decoding, with
+hispec or with transformers' `assistant_early_exit`.
+
+{lines}
+
+Training: {training}.
+"""
+
+
+def _facts(recipe: LoraRecipe, cache: ShardCache, history: History) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "steps": recipe.steps,
+        "texts": len(cache),
+        "tokens": sum(cache.lengths),
+        "seconds": round(history.losses[-1]["seconds"]) if history.losses else 0,
+        "finished": time.strftime("%Y-%m-%d"),
+        "recipe": asdict(recipe),
+    }
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("rank", "keep_every", "batch_tokens", "perplexity_tokens"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+    for name in ("deep_rank", "keep", "exit_scale"):
+        if getattr(args, name) < 0:
+            raise UsageError(f"--{name.replace('_', '-')} must not be negative.")
+    if not 0 <= args.layer_dropout < 1:
+        raise UsageError(f"--layer-dropout must lie in [0, 1), got {args.layer_dropout}.")
+    if args.perplexity is not None and not Path(args.perplexity).is_file():
+        raise UsageError(f"There is no file {args.perplexity}.")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
