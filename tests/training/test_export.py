@@ -134,3 +134,46 @@ def test_push_uploads_the_folder(saved, checkpoint, monkeypatch):
     exits = TrainedExits.from_pretrained(folder, checkpoint)
     assert exits.push_to_hub("me/exits") == "https://hub/me/exits"
     assert set(seen) == {path.name for path in folder.iterdir()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {},
+        {"feature": False},
+        {"context": "none", "feature": False, "vocab_size": 0},
+        {"kind": "affine", "context": "none", "feature": False},
+    ],
+    ids=["deep", "deep without feature", "own context", "affine"],
+)
+def test_the_engine_drafts_with_what_was_trained(checkpoint, tmp_path, spec):
+    """Two rounds with a rejection between: the engine's logits are the trained head's."""
+    from hispec.model.exits import Exits as Saved
+    from hispec.model.llama import Llama
+
+    exits = make_exits(checkpoint, make_cache(tmp_path / "cache", checkpoint), **spec)
+    for p in exits.parameters():
+        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+        p.copy_(p.bfloat16())
+    TrainedExits.from_training(exits, checkpoint).save_pretrained(tmp_path / "exits")
+    model = Llama.load(checkpoint, torch.float32, torch.device("cpu"))
+    final, e = checkpoint.config.num_layers, 2
+    head = Saved.open(tmp_path / "exits").head(e, model, checkpoint)
+    cache = model.new_cache([*EXITS, final])
+    tokens = [int(t) for t in torch.randint(0, 200, (40,))]
+    model.prefill(cache, tokens[:13])
+    for root, drafted in ((13, 3), (15, 2), (20, 4)):
+        model.advance(cache, tokens, root, final)
+        model.advance(cache, tokens, root + drafted, e)
+        got = head.logits(cache, root, root)
+        positions = torch.arange(root, root + drafted)[None]
+        states = cache.states[e][: root + drafted].float()[None].clone()
+        deep = cache.states[final][: root + drafted].float()[None].clone()
+        x = exits.heads[str(e)](states, deep, positions, torch.full_like(positions, root))
+        want = torch.nn.functional.linear(x[0], getattr(exits, f"rows_{e}"))
+        torch.testing.assert_close(got.float(), want, rtol=2e-3, atol=2e-3)
+        if head.vocab_ids is not None:
+            assert torch.equal(head.vocab_ids, exits.vocab_ids(e))
+        cache.truncate(root)
+        head.truncate(root)
