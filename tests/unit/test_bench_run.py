@@ -1,0 +1,416 @@
+"""The run and what is made of its rows: order, failures, divergences, resuming, the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.bench import PROMPTS, FakeMethod, save_agreeing_llama, write_prompts
+
+from hispec.bench import markdown, page, roster, rouge, sweep
+from hispec.bench.folder import RunFolder
+from hispec.bench.methods import Question, Workbench
+from hispec.bench.progress import Progress, clock_time
+from hispec.bench.prompts import load_prompts
+from hispec.bench.report import write_comparison, write_report
+from hispec.bench.run import Plan, Run, pieces
+from hispec.bench.summary import summarize
+from hispec.errors import UsageError
+from hispec.generation import LM, load
+from hispec.hierarchy import Hierarchy, Level
+
+TWO_LEVELS = Hierarchy((Level(2, 2), Level(4, 4)), "hispec")
+
+
+@pytest.fixture(scope="module")
+def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
+    folder = save_agreeing_llama(tmp_path_factory.mktemp("agreeing") / "llama")
+    return load(folder, dtype="fp32", device="cpu")
+
+
+class Steady:
+    """A clock that ticks once whenever it is read: every decode takes as long as any other."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        self.now += 1.0
+        return self.now
+
+
+def prepare(
+    lm: LM, tmp_path: Path, add: Callable[[Any], Sequence[Any]] = lambda ar: (), **options: Any
+) -> Run:
+    """A run of plain decoding, HiSpec, and what ``add`` makes of plain decoding."""
+    rows = options.pop("rows", None)
+    bench, methods = roster.engines(lm, {"hispec": TWO_LEVELS})
+    bench.clock = Steady()
+    methods = [methods[0], methods[-1], *add(methods[0])]
+    prompts = load_prompts(str(write_prompts(tmp_path / "prompts.jsonl", rows)))
+    plan = Plan(prompts, **{"max_new_tokens": 8, "repeats": 2, **options})
+    folder = RunFolder.create(tmp_path / "run", plan.settings(lm, methods), PROVENANCE)
+    return Run(plan, folder, bench, methods)
+
+
+PROVENANCE = {
+    "model": "tiny",
+    "layers": 6,
+    "dtype": "fp32",
+    "device": "cpu",
+    "cpu": "a <CPU>",
+    "threads": 1,
+    "torch": "2",
+    "transformers": "5",
+    "hispec": "0",
+    "commit": None,
+    "date": "2026-01-01T00:00:00",
+    "weight_bytes": 10**6,
+    "kv_bytes_per_token": 1000,
+    "read_gb_per_s": 10.0,
+    "passes": "torch",
+    "why_not_compiled": None,
+}
+
+
+def test_plain_decoding_comes_first_and_last_and_the_others_take_turns(
+    lm: LM, tmp_path: Path
+) -> None:
+    run = prepare(lm, tmp_path, lambda ar: [FakeMethod("b", ar), FakeMethod("c", ar)])
+    run()
+    blocks: dict[Any, list[str]] = {}
+    for row in run.folder.rows:
+        blocks.setdefault((row["item"], row["repeat"]), []).append(row["method"])
+    assert [item for item, repeat in blocks if not repeat] == ["talk/1", "talk/2", "sum", "ids"]
+    orders = set(map(tuple, blocks.values()))
+    assert all(order[0] == order[-1] == "ar" for order in orders)
+    assert {order[1] for order in orders} == {"hispec", "b", "c"}
+    assert all(sorted(order[1:-1]) == ["b", "c", "hispec"] for order in orders)
+
+
+def test_a_second_turn_continues_on_plain_decodings_answer(lm: LM, tmp_path: Path) -> None:
+    seen: list[FakeMethod] = []
+
+    def wrong(ar: Any) -> list[FakeMethod]:
+        seen.append(FakeMethod("wrong", ar, change=lambda ids: [1] * len(ids)))
+        return seen
+
+    run = prepare(lm, tmp_path, wrong, rows=PROMPTS[:1], repeats=1)
+    run()
+    asked = [list(question.ids) for question in seen[0].calls[-2:]]
+    answer = next(row["text"] for row in run.folder.rows if row["item"] == "talk/1").strip()
+    chat = [
+        {"role": "user", "content": "Say something."},
+        {"role": "assistant", "content": answer},
+        {"role": "user", "content": "Say more."},
+    ]
+    assert asked == [lm.encode("Say something."), lm.encode(chat)]
+
+
+def test_a_method_that_raises_leaves_a_row_and_the_run_goes_on(lm: LM, tmp_path: Path) -> None:
+    run = prepare(lm, tmp_path, lambda ar: [FakeMethod("bad", ar, error=ValueError("no\nway"))])
+    run()
+    bad = [row for row in run.folder.rows if row["method"] == "bad"]
+    assert len(bad) == 8 and all(row["error"] == "ValueError: no" for row in bad)
+    document = summarize(run.folder)
+    assert document["methods"]["bad"]["failed_prompts"] == 4
+    assert document["methods"]["bad"]["speedup"] is None
+    assert document["methods"]["hispec"]["prompts"] == 4
+    assert "**failed** on 4 answers: ValueError: no" in markdown.render(document)
+    assert "ValueError: no" in page.render(document, run.folder.rows)
+
+
+def test_where_plain_decoding_fails_nothing_is_compared(lm: LM, tmp_path: Path) -> None:
+    run = prepare(lm, tmp_path)
+    run.methods[0] = FakeMethod("ar", run.methods[0], error=RuntimeError("out of memory"))
+    run()
+    assert {row["item"] for row in run.folder.rows} == {"talk/1", "sum", "ids"}  # no second turn
+    document = summarize(run.folder)
+    assert document["answers"] == 0
+    assert document["methods"]["hispec"]["speedup"] is None
+    assert "out of memory" in markdown.render(document)
+
+
+def test_a_prompt_longer_than_the_context_is_skipped_and_named(lm: LM, tmp_path: Path) -> None:
+    rows = [{"id": "long", "prompt_ids": [5] * 300}, {"id": "tight", "prompt_ids": [5] * 250}]
+    run = prepare(lm, tmp_path, rows=rows)
+    run()
+    assert run.folder.skipped == [
+        {"item": "long", "category": "all", "reason": "300 tokens, and the context holds 256"}
+    ]
+    assert {row["item"] for row in run.folder.rows} == {"tight"}
+    assert max(row["num_tokens"] for row in run.folder.rows) <= 6
+    assert "skipped 1 prompts: long (300 tokens" in markdown.render(summarize(run.folder))
+
+
+def test_a_different_answer_is_found_with_its_position_and_gap(lm: LM, tmp_path: Path) -> None:
+    def change(ids: list[int]) -> list[int]:
+        return [*ids[:3], (ids[3] + 1) % 256, *ids[4:]] if len(ids) > 3 else ids
+
+    run = prepare(
+        lm,
+        tmp_path,
+        lambda ar: [
+            FakeMethod("other", ar, change=change),
+            FakeMethod("short", ar, change=lambda ids: ids[:2]),
+        ],
+        rows=PROMPTS[2:],
+    )
+    run()
+    document = summarize(run.folder)
+    (found,) = document["methods"]["other"]["divergences"]
+    wanted = next(row["token_ids"] for row in run.folder.rows if row["method"] == "ar")
+    assert (found["item"], found["index"], found["position"]) == ("ids", 3, 8)
+    assert (found["expected"], found["found"]) == (wanted[3], (wanted[3] + 1) % 256)
+    assert found["gap"] >= found["top2_gap"] >= 0 and found["tie"] is False
+    assert document["methods"]["other"]["mismatched_prompts"] == 1
+    assert document["methods"]["hispec"]["mismatched_prompts"] == 0
+    (found,) = document["methods"]["short"]["divergences"]
+    assert found["index"] == 2 and "found" not in found
+    assert "no tie" in markdown.render(document) and "length" in markdown.render(document)
+
+
+def test_a_planted_slow_down_shows_and_plain_decoding_equals_itself(lm: LM, tmp_path: Path) -> None:
+    rows = [{"id": str(i), "prompt_ids": [5 + i, 6, 7], "category": "ab"[i % 2]} for i in range(8)]
+    run = prepare(
+        lm,
+        tmp_path,
+        lambda ar: [FakeMethod("same", ar), FakeMethod("slow", ar, factor=1.1)],
+        rows=rows,
+    )
+    run()
+    document = summarize(run.folder)
+    same, slow = document["methods"]["same"], document["methods"]["slow"]
+    ar = document["methods"]["ar"]
+    assert ar["speedup"] == 1.0 and ar["speedup_low"] <= 1.0 <= ar["speedup_high"]
+    assert same["speedup"] == pytest.approx(1.0)
+    assert slow["speedup"] == pytest.approx(1 / 1.1)
+    assert slow["speedup_high"] < 0.95
+    assert document["drift"]["ratio"] == pytest.approx(1.0)
+    assert slow["by_category"]["a"]["speedup"] == pytest.approx(1 / 1.1)
+    assert document["baseline"] == "ar"
+
+
+def test_a_decoded_token_counts_the_same_in_every_arm(lm: LM, tmp_path: Path) -> None:
+    """An answer that stops half way in half the time is not twice as fast."""
+
+    def halves(ar: Any) -> list[FakeMethod]:
+        return [FakeMethod("half", ar, factor=3 / 7, change=lambda ids: ids[:4])]
+
+    run = prepare(lm, tmp_path, halves, rows=PROMPTS[2:])
+    run()
+    entry = summarize(run.folder)["methods"]["half"]
+    assert entry["speedup"] == pytest.approx(1.0)
+    assert entry["mismatched_prompts"] == 1
+
+
+def test_the_faster_plain_decoding_is_the_baseline(lm: LM, tmp_path: Path) -> None:
+    run = prepare(lm, tmp_path, lambda ar: [FakeMethod("ar-fast", ar, factor=0.8)])
+    run()
+    document = summarize(run.folder)
+    assert document["baseline"] == "ar-fast"
+    assert document["methods"]["ar-fast"]["speedup"] == 1.0
+    assert document["methods"]["ar"]["speedup"] == pytest.approx(0.8)
+
+
+def test_a_stopped_run_goes_on_and_ends_with_the_same_rows(lm: LM, tmp_path: Path) -> None:
+    whole = prepare(lm, tmp_path / "a") if (tmp_path / "a").mkdir() is None else None
+    assert whole
+    whole()
+
+    (tmp_path / "b").mkdir()
+    part = prepare(lm, tmp_path / "b", lambda ar: [])
+    answered = 0
+    answer = part._answer
+
+    def interrupted(method: Any, question: Question) -> Any:
+        nonlocal answered
+        answered += 1
+        if answered > 20:
+            raise KeyboardInterrupt
+        return answer(method, question)
+
+    part._answer = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        part()
+    left = len(RunFolder.open(tmp_path / "b" / "run").rows)
+    assert 0 < left < len(whole.folder.rows)
+    rest = prepare(lm, tmp_path / "b")
+    rest()
+
+    def stable(row: dict[str, Any]) -> dict[str, Any]:
+        noisy = ("prefill_s", "decode_s", "memory_bytes", "levels")
+        return {key: value for key, value in row.items() if key not in noisy}
+
+    found = RunFolder.open(tmp_path / "b" / "run").rows
+    assert list(map(stable, found)) == list(map(stable, whole.folder.rows))
+    size = (tmp_path / "b" / "run" / "rows.jsonl").stat().st_size
+    prepare(lm, tmp_path / "b")()  # nothing is left to do
+    assert (tmp_path / "b" / "run" / "rows.jsonl").stat().st_size == size
+
+
+def test_settings_that_matter_are_part_of_the_run(lm: LM, tmp_path: Path) -> None:
+    run = prepare(lm, tmp_path)
+    for changes in ({"max_new_tokens": 9}, {"repeats": 3}, {"raw": True}):
+        plan = dataclasses.replace(run.plan, **changes)
+        with pytest.raises(UsageError, match="holds another run"):
+            RunFolder.create(tmp_path / "run", plan.settings(lm, run.methods), {})
+    with pytest.raises(UsageError, match="its methods"):
+        RunFolder.create(tmp_path / "run", run.plan.settings(lm, run.methods[:1]), {})
+    with pytest.raises(UsageError, match="--repeats must be at least 1, got 0"):
+        Plan(run.plan.prompts, repeats=0)
+
+
+def test_a_questions_prefill_is_run_once(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, methods = roster.engines(lm, {"hispec": TWO_LEVELS})
+    runs: list[int] = []
+    prefill = lm.model.prefill
+    monkeypatch.setattr(lm.model, "prefill", lambda *a: runs.append(1) or prefill(*a))
+    question = Question([5, 6, 7], 4)
+    for method in methods:
+        method(question)
+    assert len(runs) == 1
+    methods[0](Question([5, 6, 7], 4))
+    assert len(runs) == 2
+    assert isinstance(bench, Workbench)
+
+
+# ---------------------------------------------------------------------- reports
+
+
+@pytest.fixture(scope="module")
+def finished(lm: LM, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    run = prepare(lm, tmp_path_factory.mktemp("finished"), max_new_tokens=30)
+    run()
+    return run.folder
+
+
+def test_the_document_has_what_the_command_promises(finished: RunFolder) -> None:
+    document = write_report(finished)
+    assert json.loads((finished.path / "report.json").read_text()) == json.loads(
+        json.dumps(document)
+    )
+    entry = document["methods"]["hispec"]
+    promised = (
+        "prompts mismatched_prompts speedup speedup_low speedup_high tok_per_s block_efficiency "
+        "acceptance_rate layer_visits_per_token by_category"
+    )
+    assert set(promised.split()) <= entry.keys()
+    assert entry["by_category"].keys() == {"chat", "maths"}
+    assert entry["by_category"]["maths"]["prompts"] == 2
+    assert document["methods"]["ar"]["layer_visits_per_token"] == 6
+    assert document["methods"]["ar"]["block_efficiency"] == 1
+    drafted = [level for level in entry["levels"] if level["drafted"]]
+    assert [level["name"] for level in drafted] == ["exit 2", "exit 4"]
+    assert all(sum(level["drafted_at"]) == level["drafted"] for level in drafted)
+    assert entry["acceptance_rate"] == drafted[1]["accepted"] / drafted[1]["drafted"]
+    assert "other" in entry["time_share"] and len(entry["time_share"]) == 4
+
+
+def test_the_page_needs_nothing_else_and_escapes_what_it_shows(finished: RunFolder) -> None:
+    write_report(finished)
+    html = (finished.path / "report.html").read_text()
+    assert "http" not in html and "src=" not in html and "<script" not in html
+    assert "a &lt;CPU&gt;" in html and "<CPU>" not in html
+    for title in ("Speed-up by category", "Acceptance by level", "Where the time goes"):
+        assert title in html
+    assert html.count('class="token') >= 30
+    assert 'class="token exit' in html and 'class="token target' in html
+
+
+def test_a_report_is_the_same_whenever_it_is_made(finished: RunFolder) -> None:
+    write_report(finished)
+    before = (finished.path / "report.md").read_text(), (finished.path / "report.html").read_text()
+    write_report(RunFolder.open(finished.path))
+    after = (finished.path / "report.md").read_text(), (finished.path / "report.html").read_text()
+    assert before == after
+
+
+def test_runs_are_compared(finished: RunFolder, lm: LM, tmp_path: Path) -> None:
+    other = prepare(lm, tmp_path, lambda ar: [FakeMethod("new", ar)], repeats=1)
+    other()
+    documents = write_comparison([finished, other.folder], tmp_path / "out")
+    assert len(documents) == 2  # both folders are named run
+    text = (tmp_path / "out" / "comparison.md").read_text()
+    assert "| repeats" in text and "| new " in text
+    assert "http" not in (tmp_path / "out" / "comparison.html").read_text()
+
+
+def test_rouge_where_there_are_references(finished: RunFolder) -> None:
+    pytest.importorskip("rouge_score")
+    found = rouge.scores(finished.rows)
+    assert found["ar"] == found["hispec"]
+    assert found["ar"]["maths"]["n"] == 1
+
+
+def test_pieces_are_the_text(lm: LM) -> None:
+    ids = lm.encode("the café ∑ 🌍 the end", raw=True)
+    found = pieces(lm.tokenizer, ids)
+    assert len(found) == len(ids) and "".join(found) == "the café ∑ 🌍 the end"
+
+
+# ---------------------------------------------------------------------- sweep
+
+
+def test_the_grid_has_every_sensible_hierarchy() -> None:
+    found = sweep.grid([2, 4], [1, 2], [1, 2])
+    assert set(found) == {"2x1", "2x2", "4x1", "4x2", "2x1-4x1", "2x1-4x2", "2x2-4x2"}
+    assert sweep.default_exits(30, (4, 8)) == [4, 8]
+    assert sweep.default_exits(30, ()) == [4, 8, 10, 15]
+    with pytest.raises(UsageError, match="the sweep is empty"):
+        sweep.grid([], [1], [1])
+
+
+def test_the_best_are_measured_again_and_only_gains_become_auto() -> None:
+    grid = sweep.grid([2, 4], [1, 2], [2])
+
+    def document(**speeds: float) -> dict[str, Any]:
+        entries = {name: {"speedup": 0.5, "speedup_low": 0.4} for name in grid}
+        for name, speed in speeds.items():
+            found = name.replace("_", "-")
+            entries[found[1:]] = {"speedup": speed, "speedup_low": speed - 0.1}
+        return {"methods": entries}
+
+    again = sweep.finalists(document(l2x2=1.3, l4x1=1.2, l2x1_4x2=1.4), grid, 1)
+    assert list(again) == ["2x2", "2x1-4x2"]
+    chosen = sweep.best(document(l2x2=1.3, l2x1_4x2=1.05), again)
+    assert chosen["auto"]["name"] == "2x2"
+    assert chosen["hispec"]["levels"][0] == {"exit_layer": 2, "window": 1}
+    assert sweep.best(document(l2x2=1.05), again)["auto"] == {"name": "ar", "levels": []}
+    for name, value in chosen.items():
+        assert Hierarchy.from_json(value, name).levels
+
+
+# ---------------------------------------------------------------------- progress
+
+
+def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(2) as progress:
+        progress.doing("a")
+        progress.advance()
+    assert capsys.readouterr() == ("", "")
+
+    class Terminal:
+        text = ""
+
+        def isatty(self) -> bool:
+            return True
+
+        def write(self, text: str) -> None:
+            self.text += text
+
+        def flush(self) -> None: ...
+
+    terminal = Terminal()
+    with Progress(4, done=2, stream=terminal) as progress:  # type: ignore[arg-type]
+        progress.doing("first")
+        progress.advance()
+        progress.doing("second")
+    assert "2/4  first" in terminal.text
+    assert "3/4  0 s left  second" in terminal.text
+    assert terminal.text.endswith("\r\033[K")
+    assert [clock_time(s) for s in (4, 89, 600, 7500)] == ["4 s", "89 s", "10 min", "2 h 05"]
