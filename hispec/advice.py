@@ -1,7 +1,7 @@
 """When a hierarchy cannot pay: what acceptance it would need, and what to say about it.
 
-Costs are counted in blocks, for a machine that is bound by reading weights: a pass over any few rows
-costs the blocks between its level and the one below, plus its head (for SmolLM2-135M the full
+Costs are counted in blocks, for a machine that is bound by reading weights: a pass over any few
+rows costs the blocks between its level and the one below, plus its head (for SmolLM2-135M the full
 vocabulary is worth 8 blocks). With every level's tokens accepted at one rate α, a level that checks
 windows of T tokens costs per token it keeps (HSD, arXiv 2510.19705, for exits that share layers)
 
@@ -11,6 +11,7 @@ windows of T tokens costs per token it keeps (HSD, arXiv 2510.19705, for exits t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from hispec.generation import LM, Result
 from hispec.hierarchy import Hierarchy
@@ -32,10 +33,7 @@ def head_blocks(lm: LM, boundary: int) -> float:
 def costs(lm: LM, hierarchy: Hierarchy) -> list[float]:
     """Returns the cost of a pass of each level, the target last, in blocks."""
     boundaries = [0, *hierarchy.exit_layers, lm.model.config.num_layers]
-    return [
-        upper - lower + head_blocks(lm, upper)
-        for lower, upper in zip(boundaries, boundaries[1:], strict=False)
-    ]
+    return [upper - lower + head_blocks(lm, upper) for lower, upper in pairwise(boundaries)]
 
 
 def cost_per_token(pass_costs: Sequence[float], windows: Sequence[int], rate: float) -> float:
@@ -53,7 +51,7 @@ def cost_per_token(pass_costs: Sequence[float], windows: Sequence[int], rate: fl
 
 
 def break_even(pass_costs: Sequence[float], windows: Sequence[int], plain: float) -> float | None:
-    """Returns the acceptance at which a hierarchy costs as much as plain decoding; None if no rate does.
+    """Returns the acceptance at which a hierarchy costs what plain decoding does, or None.
 
     Args:
         pass_costs: see :func:`cost_per_token`.

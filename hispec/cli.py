@@ -35,6 +35,7 @@ class Parser(argparse.ArgumentParser):
     """Raises ``UsageError`` instead of printing usage, and suggests the option that was meant."""
 
     def error(self, message: str) -> NoReturn:
+        """Raises ``UsageError`` with argparse's message."""
         raise UsageError(f"{message}. See {self.prog} --help.")
 
     def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:

@@ -10,11 +10,11 @@ one tree below the root, the last committed token, and ends with one pass of the
 With nothing below, a step is a plain decoding step. So plain decoding is ``step(0)`` of a hierarchy
 with one level, LayerSkip is ``step(1)`` of one with two and HiSpec ``step(2)`` of one with three.
 
-Invariants. The tree's tokens follow the committed ones; ``checked`` counts the leading nodes a level
-stands behind and never rises from a level to the one above. A pass runs only the layers between a
-level and the one below, from stored states: no layer runs twice for a token. Only the target's step
-commits, and all it commits are its own picks: what the levels below do decides how many tokens a
-round yields, never which.
+Invariants. The tree's tokens follow the committed ones; ``checked`` counts the leading nodes a
+level stands behind and never rises from a level to the one above. A pass runs only the layers
+between a level and the one below, from stored states: no layer runs twice for a token. Only the
+target's step commits, and all it commits are its own picks: what the levels below do decides how
+many tokens a round yields, never which.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class LevelCounts:
         drafted: tokens handed to the level above.
         accepted: of these, the ones it would have picked itself.
         passes: how often the level ran.
-        layer_visits: (token, layer) pairs run on its account, lifting through lower layers included.
+        layer_visits: (token, layer) pairs run on its account, lifting through lower layers
+            included.
         drafted_at: drafted tokens by their place in the window handed up.
         accepted_at: accepted ones likewise.
         time_s: wall time of its passes.
@@ -83,7 +84,8 @@ class Decoder:
 
     Args:
         model: the target.
-        cache: with a boundary at every exit and at L; knows ``tokens[:-1]`` to all layers, not the last.
+        cache: with a boundary at every exit and at L; knows ``tokens[:-1]`` to all layers, not the
+            last token.
         tokens: committed ids, the prompt's and at least one more; grown in place.
         hierarchy: the levels below the target.
         heads: an exit head for each of them, then the target's.
@@ -142,7 +144,10 @@ class Decoder:
                 self.keep(len(self.tree) - 1, k)
 
     def step(self, k: int) -> bool:
-        """Runs level ``k`` once; returns whether there were drafts, all stood, and its own pick is extra."""
+        """Runs level ``k`` once.
+
+        Returns whether there were drafts and all stood, so that its own pick is extra.
+        """
         if k > 0:
             self.gather(k - 1)
         level, tree = self.levels[k], self.tree

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -42,7 +42,8 @@ class Result:
         decode_s: from the first token to the last.
         passes: full passes after prefill.
         layer_visits: (token, layer) pairs run after prefill.
-        committed: tokens the full passes committed; more than were emitted where a stop cut a round.
+        committed: tokens the full passes committed; more than were emitted where a stop cut a
+            round.
     """
 
     text: str = ""
@@ -171,12 +172,9 @@ class LM:
             else:
                 return self.encode([{"role": "user", "content": prompt}])
         elif prompt and isinstance(prompt[0], Mapping):
-            encoded = self.tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=True, return_dict=True
-            )
-            ids = list(encoded["input_ids"])
+            ids = self._encode_chat(cast("Sequence[Mapping[str, str]]", prompt))
         else:
-            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+            ids = [int(token) for token in cast("Sequence[int]", prompt)]
             size = self.model.config.vocab_size
             wrong = next((token for token in ids if not 0 <= token < size), None)
             if wrong is not None:
@@ -184,6 +182,13 @@ class LM:
         if not ids:
             raise UsageError("the prompt has no tokens. Give at least one.")
         return ids
+
+    def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        text = self.tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+        )
+        # The template writes the special tokens itself.
+        return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
 
     def stream(
         self,
@@ -387,8 +392,8 @@ def load(
         exits: a folder of trained exits; those shipped for these weights are found by themselves.
         dtype: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
         device: ``auto``, ``cpu`` or ``cuda``.
-        numerics: ``exact``: every hierarchy yields the very tokens of plain decoding. ``fast``: up to
-            rounding ties.
+        numerics: ``exact``: every hierarchy yields the very tokens of plain decoding. ``fast``: up
+            to rounding ties.
         force_exits: use exits trained on other weights; the output stays right, the speed may not.
 
     Raises:

@@ -14,6 +14,7 @@ import difflib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Hierarchy:
                     f"Use 1 or more, or drop the level."
                 )
         exits = [level.exit_layer for level in self.levels]
-        for lower, upper in zip(exits, exits[1:], strict=False):
+        for lower, upper in pairwise(exits):
             if lower == upper:
                 raise UsageError(f"exit_layer {lower} is given twice. Name each exit once.")
             if lower > upper:

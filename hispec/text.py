@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Tokenizer(Protocol):
     """The part of a transformers tokenizer this module needs."""
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = ...) -> str: ...
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool = ...) -> Any:
+        """Returns the text of some ids; transformers types it as a text or several."""
+        ...
 
 
 class Detokenizer:
     """Turns ids into pieces of text whose concatenation is the text of all ids.
 
-    A token may hold part of a UTF-8 character, and some tokenizers join words by context. So a piece
-    is the difference between two decodings of the last few tokens, and waits while it ends in an
-    unfinished character.
+    A token may hold part of a UTF-8 character, and some tokenizers join words by context. So a
+    piece is the difference between two decodings of the last few tokens, and waits while it ends in
+    an unfinished character.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -26,8 +28,8 @@ class Detokenizer:
         self._from = 0  # where the decoded tail starts
         self._shown = 0  # ids whose text has been handed out
 
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
+    def _decode(self, ids: list[int]) -> str:
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True))
 
     def add(self, token: int) -> str:
         """Returns the text that ``token`` completes, possibly none."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-
 from hispec_kernels import follow as follow_op
 
 
@@ -21,7 +20,7 @@ class Tree:
         parents: N node numbers; the root is its own parent.
     """
 
-    __slots__ = ("tokens", "parents")
+    __slots__ = ("parents", "tokens")
 
     def __init__(self, root: int) -> None:
         self.tokens = [root]
@@ -46,7 +45,7 @@ def follow(tree: Tree, picks: Sequence[int], first: int = 0) -> tuple[list[int],
 
     Args:
         tree: what was drafted.
-        picks: a level's pick after each of the nodes ``first``, ``first + 1``, …, ``len(tree) - 1``.
+        picks: a level's pick after each of the nodes ``first``, …, ``len(tree) - 1``.
         first: the last node this level already stands behind; all later ones descend from it.
 
     Returns:

@@ -14,7 +14,7 @@ from hispec.model.linear import Layout, Linear
 class Block:
     """One block: query/key/value fused, gate and up fused."""
 
-    __slots__ = ("attention_norm", "qkv", "output", "mlp_norm", "gate_up", "down")
+    __slots__ = ("attention_norm", "down", "gate_up", "mlp_norm", "output", "qkv")
 
     def __init__(
         self,

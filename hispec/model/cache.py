@@ -1,10 +1,10 @@
 """What the model remembers: keys, values and the hidden states at the exits, by absolute position.
 
 One owner of position. Each *boundary* (an exit's layer, or L) has a watermark ``computed[b]``: the
-number of leading positions that have run through ``layers[0:b]``, whose state there is stored. Deeper
-layers never know more than shallower ones: ``computed[4] ≥ computed[8] ≥ computed[30]``. Running a
-level means raising its watermark from the states stored at the one below, so no layer runs twice for
-a token; rejecting means lowering them all: ``truncate(length)``.
+number of leading positions that have run through ``layers[0:b]``, whose state there is stored.
+Deeper layers never know more than shallower ones: ``computed[4] ≥ computed[8] ≥ computed[30]``.
+Running a level means raising its watermark from the states stored at the one below, so no layer
+runs twice for a token; rejecting means lowering them all: ``truncate(length)``.
 
 Nothing is ever erased: positions at and past a watermark hold leftovers that are masked until they
 are written again. The buffers cover the model's whole context from the start, but as untouched
@@ -96,8 +96,8 @@ class Cache:
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns zeros that, on a CPU, take up memory page by page as they are written.
 
-    ``torch.zeros`` touches every page; an anonymous mapping does not. Zeros matter: masked positions
-    are read (with weight 0), and leftovers of the allocator could be NaN.
+    ``torch.zeros`` touches every page; an anonymous mapping does not. Zeros matter: masked
+    positions are read (with weight 0), and leftovers of the allocator could be NaN.
     """
     size = dtype.itemsize
     for extent in shape:

@@ -59,7 +59,8 @@ class ModelConfig:
             )
         if raw.get("hidden_act", "silu") != "silu":
             raise CheckpointError(
-                f"hidden_act is {raw['hidden_act']!r}; Llama's MLP uses 'silu' and no other is built."
+                f"hidden_act is {raw['hidden_act']!r}; Llama's MLP uses 'silu' and no other is "
+                f"built."
             )
         try:
             heads = int(raw["num_attention_heads"])
@@ -137,7 +138,7 @@ def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:
 
 
 def _llama3(plain: Tensor, rope: Mapping[str, Any]) -> Tensor:
-    """Llama 3.1's schedule: long wavelengths are stretched, short ones kept, those between blended."""
+    """Llama 3.1's schedule: long wavelengths are stretched, short ones kept, the rest blended."""
     factor, original = float(rope["factor"]), float(rope["original_max_position_embeddings"])
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     wavelength = 2 * math.pi / plain

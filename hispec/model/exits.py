@@ -2,18 +2,19 @@
 
 A head is at most four steps, each left out where its tensors are missing:
 
-    u = states after layer e                        (T, D)
-    x = proj u + bias                               an affine map
-    x = block(x)                                    one Llama block with keys and values of its own
-    logits = rms(x, norm) head[vocab_ids]ᵀ          the model's own head, all rows or the frequent ones
+    u = states after layer e                    (T, D)
+    x = proj u + bias                           an affine map
+    x = block(x)                                one Llama block with keys and values of its own
+    logits = rms(x, norm) head[vocab_ids]ᵀ      the model's own head, all rows or the frequent ones
 
 A checkpoint trained the LayerSkip way needs none of them: ``SharedHead`` is norm and head as they
 are. A head with a block keeps its keys and values under the cache's positions and catches up, when
 it is next asked, on the positions that passed its exit without it.
 
-*Deep context.* Positions p before the root r have been through the whole model, so their final states
-h_L(p) are known, and with them what the target has concluded about the past. A block trained for it
-reads them twice: as keys and values, and as a feature of the last of them that every row receives.
+*Deep context.* Positions p before the root r have been through the whole model, so their final
+states h_L(p) are known, and with them what the target has concluded about the past. A block trained
+for it reads them twice: as keys and values, and as a feature of the last of them that every row
+receives.
 
     k(p), v(p) = W_kv rms(proj u(p)) + C_kv rms(h_L(p))                           p < r
     x(t) = proj u(t) + bias + F rms(h_L(r − 1))                                   t ≥ r
@@ -30,18 +31,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from hispec_kernels import rms_norm
 from torch import Tensor
 
 from hispec.errors import CheckpointError, UsageError
 from hispec.hierarchy import Hierarchy
+from hispec.model.block import Block, read_block
 from hispec.model.cache import Cache, KVCache
 from hispec.model.checkpoint import Checkpoint
 from hispec.model.linear import Linear
-from hispec.model.block import Block, read_block
 from hispec.model.llama import PREFILL_CHUNK, Llama
 from hispec.model.passes import MAX_WIDTH, Passes
 from hispec.model.tensorfile import TensorFile
-from hispec_kernels import rms_norm
 
 FORMAT = "hispec-exits"
 
@@ -286,7 +287,8 @@ class Exits:
             raise UsageError(
                 f"the exits in {self.path} were trained on {self.base.get('model')} "
                 f"(weights {str(wanted)[:12]}), not on {checkpoint.name} "
-                f"(weights {checkpoint.fingerprint[:12]}). Use that model, or train exits for this one."
+                f"(weights {checkpoint.fingerprint[:12]}). Use that model, or train exits for this "
+                f"one."
             )
 
     def head(self, exit_layer: int, model: Llama, checkpoint: Checkpoint) -> TrainedHead:

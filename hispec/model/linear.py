@@ -2,8 +2,8 @@
 
     plain     (out, in) rows: CUDA, and the compiled passes in fp32
     tiles     [out / 16][in / 32][16][32]: the compiled passes in bf16, where the processor has AMX
-    onednn    torch's own order for a CPU: 13 ms instead of 24 for the products of a SmolLM2-135M pass
-              in bf16 on two cores
+    onednn    torch's own order for a CPU: 13 ms instead of 24 for the products of a SmolLM2-135M
+              pass in bf16 on two cores
 
 A weight is reordered once and the original dropped. The oneDNN operators are torch-internal
 (inductor's freezing uses them), so :func:`onednn_available` asks first.
@@ -50,7 +50,7 @@ class Linear:
         rows: out.
     """
 
-    __slots__ = ("weight", "bias", "layout", "rows")
+    __slots__ = ("bias", "layout", "rows", "weight")
 
     def __init__(
         self, weight: Tensor, bias: Tensor | None = None, layout: Layout = "plain"

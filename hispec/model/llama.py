@@ -1,14 +1,16 @@
 """A Llama that runs any range of its layers over new positions of one cache.
 
-    x₀ = embed(tokens);   layer i:  x += o(attention(rope(qkv(norm x))));   x += down(swiglu(gate_up(norm x)))
+    x₀ = embed(tokens)
+    layer i:  x += o(attention(rope(qkv(norm x))));   x += down(swiglu(gate_up(norm x)))
 
 How rows become states is the business of :mod:`hispec.model.passes`; here is which rows and layers
 run. Raising a boundary's watermark (:mod:`hispec.model.cache`) runs what lies between it and the
 boundary below, from the states stored there.
 
-A prompt is prefilled by torch in chunks at fixed positions; everything after it runs in narrow passes
-whose rows round alike whatever their company. So a position's keys, values and logits depend on
-nothing but the tokens up to it, and plain decoding and speculation yield the same bits.
+A prompt is prefilled in wide passes over chunks at fixed positions; everything after it runs in
+narrow passes whose rows round alike whatever their company. So a position's keys, values and logits
+depend on nothing but the tokens up to it, and plain decoding and speculation yield the same bits.
+Where bf16 weights lie in tiles the compiled passes run both; otherwise torch runs prefill.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from hispec_kernels.attention import BUCKET
 from torch import Tensor
 
 from hispec.model.block import Block, read_block
@@ -25,7 +28,6 @@ from hispec.model.config import ModelConfig
 from hispec.model.linear import Layout, Linear, onednn_available
 from hispec.model.native import NativePasses, native_library
 from hispec.model.passes import MAX_WIDTH, Passes, Rotary, TorchPasses
-from hispec_kernels.attention import BUCKET
 
 #: Tokens a prefill pass takes, at absolute positions, whatever the hierarchy.
 PREFILL_CHUNK = 256
@@ -186,7 +188,8 @@ class Llama:
         """Returns the states after ``layers[start:stop]``, their keys and values stored.
 
         Args:
-            x: (T, D), states after ``layers[0:start]`` of positions ``position``, ``position + 1``, …
+            x: (T, D), states after ``layers[0:start]`` of positions ``position``,
+                ``position + 1``, …
             start: first layer.
             stop: one past the last layer.
             position: absolute position of the first row.

@@ -1,8 +1,8 @@
 """The compiled way of running blocks on a CPU: one call for any range of layers.
 
 ``hispec_kernels/cpu/passes.c`` does the arithmetic; here are the addresses it works on. Weights and
-cache have the model's dtype, states are fp32 between calls, so that stopping at an exit and going on
-rounds nothing.
+cache have the model's dtype, states are fp32 between calls, so that stopping at an exit and going
+on rounds nothing.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Sequence
 
 import torch
+from hispec_kernels import cpu
 from torch import Tensor
 
 from hispec.model.block import Block
@@ -23,7 +24,6 @@ from hispec.model.config import ModelConfig
 from hispec.model.linear import Linear
 from hispec.model.passes import Rotary
 from hispec.model.store import cache_dir
-from hispec_kernels import cpu
 
 
 def native_library(
@@ -51,7 +51,9 @@ def _library() -> ctypes.CDLL:
 
 
 class NativePasses:
-    """Blocks run by the compiled library. A row's bits do not depend on its company; see ``passes.c``.
+    """Blocks run by the compiled library.
+
+    A row's bits do not depend on its company; ``passes.c`` says why.
 
     Args:
         config: the model's sizes.

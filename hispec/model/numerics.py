@@ -124,7 +124,7 @@ def _remember(path: Path, record: dict) -> None:
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name") or line.startswith("stepping"):
+            if line.startswith(("model name", "stepping")):
                 return line
     except OSError:
         pass

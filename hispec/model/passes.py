@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
+from hispec_kernels import decode_attention, rms_norm, rope_write, rotate, swiglu
+from hispec_kernels.attention import BUCKET, ROWS
 from torch import Tensor
 
 from hispec.model.block import Block
 from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig, rope_frequencies
 from hispec.model.linear import Linear
-from hispec_kernels import decode_attention, rms_norm, rope_write, rotate, swiglu
-from hispec_kernels.attention import BUCKET, ROWS
 
 #: The widest pass of a round: the root and the tokens drafted after it.
 MAX_WIDTH = 32
@@ -44,7 +44,8 @@ class Passes(Protocol):
         """Returns the states after ``blocks``: (W, D) from (W, D).
 
         Args:
-            blocks: consecutive ones; block i stores its keys and values in ``kv``'s layer ``first + i``.
+            blocks: consecutive ones; block i stores its keys and values in ``kv``'s layer
+                ``first + i``.
             x: states of positions ``position``, ``position + 1``, …
             position: absolute position of the first row.
             kv: knows these layers' keys and values of all earlier positions.
@@ -53,7 +54,14 @@ class Passes(Protocol):
         ...
 
     def store(self, projected: Tensor, position: int, kv: KVCache, layer: int) -> None:
-        """After the call ``kv``'s layer holds projected states, (T, 2 H_kv D_h), from ``position`` on."""
+        """After the call ``kv``'s layer holds projected states from ``position`` on.
+
+        Args:
+            projected: (T, 2 H_kv D_h), keys then values, not yet rotated.
+            position: absolute position of the first row.
+            kv: the cache.
+            layer: which of its layers.
+        """
         ...
 
     def project(self, linear: Linear, x: Tensor, norm: Tensor | None = None) -> Tensor:
@@ -103,8 +111,9 @@ class _Described(NamedTuple):
 class TorchPasses:
     """Blocks run operator by operator.
 
-    Exact numerics: a row's result must not depend on which rows it shares a pass with. So passes are
-    padded to ``min_width`` rows and attention keeps to fixed shapes (:mod:`hispec_kernels.attention`).
+    Exact numerics: a row's result must not depend on which rows it shares a pass with. So passes
+    are padded to ``min_width`` rows and attention keeps to fixed shapes
+    (:mod:`hispec_kernels.attention`).
 
     Attributes:
         exact: keep to those shapes.
@@ -134,7 +143,7 @@ class TorchPasses:
     def run(
         self, blocks: Sequence[Block], x: Tensor, position: int, kv: KVCache, first: int
     ) -> Tensor:
-        """See :class:`Passes`. Rows of padding lie past the real ones, where nothing is known yet."""
+        """See :class:`Passes`. Padding lies past the real rows, where nothing is known yet."""
         rows = x.shape[0]
         x = self._pad(x.to(self.state_dtype))
         at = self._describe(position, x.shape[0])

@@ -24,8 +24,8 @@ def follow(tokens: Tensor, parents: Tensor, picks: Tensor) -> tuple[Tensor, Tens
     """
     match = tokens == picks[parents]
     match[0] = True
-    # A node is reached when all its ancestors match. Siblings differ, so at most one child of a node
-    # matches and the reached nodes form a single path; parents come first, so it is in order.
+    # A node is reached when all its ancestors match. Siblings differ, so at most one child of a
+    # node matches and the reached nodes form a single path; parents come first, so it is in order.
     reached = match
     ancestors = parents.clone()
     ancestors[0] = 0

@@ -1,7 +1,7 @@
 """Gumbel noise as a pure function of (seed, position, token): the same for whoever asks.
 
-    bits = mix(mix(mix(seed_lo, seed_hi), position), token)        32-bit integers, exact on every device
-    u    = (bits >> 9 + ½) · 2⁻²³                                  in (0, 1), never 0 or 1
+    bits = mix(mix(mix(seed_lo, seed_hi), position), token)    32-bit integers, exact on any device
+    u    = (bits >> 9 + ½) · 2⁻²³                              in (0, 1), never 0 or 1
     g    = −log(−log u)
 
 ``argmax(logits + g)`` is a sample of softmax(logits) (Gumbel-max). Every level of a hierarchy adds

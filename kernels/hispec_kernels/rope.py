@@ -1,6 +1,6 @@
 """Rotary positions and the cache write, in one step (Su et al. 2021, RoFormer).
 
-    rotate(x)[d] = x[d] cos[d] + x[(d + D_h/2) mod D_h] sin[d]        sin carries the sign: −, then +
+    rotate(x)[d] = x[d] cos[d] + x[(d + D_h/2) mod D_h] sin[d]      sin carries the sign: −, then +
 
 The signed table turns the usual ``rotate_half`` with its concatenation into a roll.
 """
@@ -14,13 +14,14 @@ from torch import Tensor
 def rope_write(
     qkv: Tensor, cos: Tensor, sin: Tensor, queries: Tensor, keys: Tensor, values: Tensor
 ) -> None:
-    """After the call ``queries``, ``keys`` and ``values`` hold the rotated queries and keys, and the values.
+    """After the call ``queries`` and ``keys`` hold what was rotated, and ``values`` the values.
 
     Args:
         qkv: (W, H + 2 H_kv, D_h), the fused projection: query heads, key heads, value heads.
         cos: (W, 1, D_h), cosines at each row's position.
         sin: (W, 1, D_h), sines, the first half negated.
-        queries: (H_kv, W, G, D_h) view to fill, G = H / H_kv; query head ``g * G + j`` reads KV head ``g``.
+        queries: (H_kv, W, G, D_h) view to fill, G = H / H_kv; query head ``g * G + j`` reads KV
+            head ``g``.
         keys: (H_kv, W, D_h) view of the cache to fill.
         values: (H_kv, W, D_h) view of the cache to fill.
     """
@@ -33,5 +34,5 @@ def rope_write(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Returns ``x`` (W, heads, D_h) turned by the angles of its rows; tables as in :func:`rope_write`."""
+    """Returns ``x`` (W, heads, D_h) turned by its rows' angles; tables as in :func:`rope_write`."""
     return torch.roll(x, x.shape[-1] // 2, -1).mul_(sin).addcmul_(x, cos)

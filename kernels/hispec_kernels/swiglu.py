@@ -1,4 +1,4 @@
-"""The gate of Llama's MLP: ``silu(gate) * up`` (Shazeer 2020, "GLU Variants Improve Transformer")."""
+"""The gate of Llama's MLP: ``silu(gate) * up`` (Shazeer 2020, GLU Variants Improve Transformer)."""
 
 from __future__ import annotations
 

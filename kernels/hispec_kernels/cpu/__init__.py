@@ -1,8 +1,9 @@
 """The compiled passes of ``passes.c``: built once with the system's C compiler, called by address.
 
-No Python headers and no torch headers: a plain shared library that takes pointers, so building takes
-seconds and depends on nothing but a compiler. The library uses the OpenMP runtime torch has already
-loaded; a second one in the process would bring a second set of threads that spin against the first.
+No Python headers and no torch headers: a plain shared library that takes pointers, so building
+takes seconds and depends on nothing but a compiler. The library uses the OpenMP runtime torch has
+already loaded; a second one in the process would bring a second set of threads that spin against
+the first.
 """
 
 from __future__ import annotations
