@@ -12,7 +12,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from hispec import __version__
@@ -40,13 +40,28 @@ class Parser(argparse.ArgumentParser):
 
     def parse_all(self, arguments: Sequence[str]) -> argparse.Namespace:
         """Returns the parsed arguments; unknown options are errors with the nearest known one."""
+        options = [name for name in self._option_string_actions if name.startswith("--")]
+        # Before argparse, which would rather miss --model than see a misspelt --modle.
+        for argument in arguments:
+            if argument == "--":
+                break
+            name = argument.split("=")[0]
+            known = any(option.startswith(name) for option in options)
+            if name.startswith("--") and " " not in argument and not known:
+                self._unknown(name, options)
         args, unknown = self.parse_known_args(arguments)
         if unknown:
-            options = [name for name in self._option_string_actions if name.startswith("--")]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], options, 1)
-            hint = f" Did you mean {near[0]}?" if near else ""
-            raise UsageError(f"unknown argument {unknown[0]}.{hint} See {self.prog} --help.")
+            self._unknown(unknown[0], options)
         return args
+
+    def _unknown(self, name: str, options: Sequence[str]) -> NoReturn:
+        hint = _nearest(name, options)
+        raise UsageError(f"unknown argument {name}.{hint} See {self.prog} --help.")
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f" Did you mean {near[0]}?" if near else ""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -54,7 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verbose = "-v" in arguments or "--verbose" in arguments
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # a reader that went away shows here at the latest
+        return code
     except HispecError as error:
         if verbose:
             traceback.print_exc()
@@ -85,8 +102,7 @@ def _dispatch(arguments: list[str]) -> int:
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name = " ".join(arguments[:words])
     if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        hint = _nearest(name, [*COMMANDS, "--help", "--version"])
         raise UsageError(f"unknown command {name!r}.{hint} See hispec --help.")
     summary, module_name = COMMANDS[name]
     try:

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 
 from hispec.engine import Decoder, LevelCounts
-from hispec.errors import HispecError, UsageError
+from hispec.errors import CheckpointError, HispecError, UsageError
 from hispec.hierarchy import Hierarchy, preset
 from hispec.model.cache import Cache
 from hispec.model.checkpoint import Checkpoint, open_checkpoint
@@ -184,9 +184,17 @@ class LM:
         return ids
 
     def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-        )
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            raise CheckpointError(
+                f"the chat template of {self.checkpoint.name} refuses this conversation: {error}. "
+                f"Change it, or give the whole text with raw."
+            ) from error
         # The template writes the special tokens itself.
         return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
 

@@ -132,7 +132,7 @@ class Hierarchy:
             document = json.loads(path.read_text())
         except OSError as error:
             raise UsageError(f"cannot read hierarchy {path}: {error.strerror}.") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path} is not JSON: {error}.") from None
         try:
             return Hierarchy.from_json(document, path.stem)
@@ -180,6 +180,7 @@ def preset(name: str, num_layers: int, best: dict[str, Hierarchy] | None = None)
     Raises:
         UsageError: an unknown name, with the nearest known one.
     """
+    check_preset(name)
     best = best or {}
     if name == "ar":
         return AR
@@ -189,13 +190,17 @@ def preset(name: str, num_layers: int, best: dict[str, Hierarchy] | None = None)
         found = Hierarchy(best[name].levels, best[name].name if name == "auto" else name)
     elif name == "auto":
         return AR
-    elif name in PRESETS:
-        found = Hierarchy(PAPERS[f"{name}-paper"](num_layers).levels, name)
     else:
+        found = Hierarchy(PAPERS[f"{name}-paper"](num_layers).levels, name)
+    found.check(num_layers)
+    return found
+
+
+def check_preset(name: str) -> None:
+    """Raises ``UsageError`` with the nearest known name if there is no such preset."""
+    if name not in PRESETS:
         near: Sequence[str] = difflib.get_close_matches(name, PRESETS, 1) or ("auto",)
         raise UsageError(
             f"unknown hierarchy {name!r}. Did you mean {near[0]!r}? "
             f"Known: {', '.join(PRESETS)}, or a JSON file."
         )
-    found.check(num_layers)
-    return found

@@ -18,13 +18,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Reads turns from stdin until it ends; returns the exit code."""
-    if args.max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}.")
+    settings = options.generation_settings(args)
     lm = options.load_model(args)
     if not lm.tokenizer.chat_template:
         raise UsageError(f"{args.model} has no chat template. Use hispec generate --raw.")
-    settings = options.generation_settings(args)
-    lm.hierarchy(settings["hierarchy"])  # a wrong name is said before the first turn
+    lm.hierarchy(settings["hierarchy"])  # a wrong exit is said before the first turn
     interactive = sys.stdin.isatty()
     if interactive:
         import readline  # noqa: F401 (line editing for input())

@@ -21,15 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Streams the answer to stdout; returns the exit code."""
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    settings = options.generation_settings(args)
+    prompt = options.read_text(args.prompt)
     if not prompt.strip():
         raise UsageError("the prompt is empty. Give at least one character.")
-    if args.max_new_tokens < 1:
-        raise UsageError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}.")
     lm = options.load_model(args)
     from hispec.advice import warning  # torch: after the cheap checks
 
-    stream = lm.stream(prompt, raw=args.raw, **options.generation_settings(args))
+    stream = lm.stream(prompt, raw=args.raw, **settings)
     code = 0
     try:
         for piece in stream:

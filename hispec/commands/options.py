@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from hispec.errors import UsageError
+from hispec.hierarchy import Hierarchy, check_preset
 
 if TYPE_CHECKING:
     from hispec.generation import LM, Result
@@ -47,6 +51,21 @@ def add_generation(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--stats", action="store_true", help="print statistics to stderr")
 
 
+def read_text(given: str) -> str:
+    """Returns an option's text, or all of stdin where it is ``-``.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
+    try:
+        text = sys.stdin.read() if given == "-" else given
+        text.encode()  # bytes that are no text come from the shell as lone surrogates
+    except UnicodeError:
+        source = "stdin" if given == "-" else "the prompt"
+        raise UsageError(f"{source} is not valid UTF-8. Convert it first.") from None
+    return text
+
+
 def load_model(args: argparse.Namespace) -> LM:
     """Returns the model the options name."""
     from hispec.generation import load
@@ -62,9 +81,20 @@ def load_model(args: argparse.Namespace) -> LM:
 
 
 def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
-    """Returns the keyword arguments of ``LM.stream``."""
+    """Returns the keyword arguments of ``LM.stream``; what can be checked without a model is.
+
+    Raises:
+        UsageError: a number out of range, or a hierarchy that is none.
+    """
+    if args.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be at least 1, got {args.max_new_tokens}.")
+    hierarchy: str | Hierarchy = args.hierarchy
+    if args.hierarchy.endswith(".json"):
+        hierarchy = Hierarchy.load(Path(args.hierarchy))
+    else:
+        check_preset(args.hierarchy)
     return {
-        "hierarchy": args.hierarchy,
+        "hierarchy": hierarchy,
         "max_new_tokens": args.max_new_tokens,
         "stop": args.stop,
     }

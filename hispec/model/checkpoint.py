@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hispec.errors import CheckpointError
-from hispec.model.config import ModelConfig
+from hispec.model.config import ModelConfig, token_ids
 from hispec.model.store import cache_dir
 from hispec.model.tensorfile import TensorFile
 
@@ -115,7 +115,12 @@ class Checkpoint:
         ids = self.generation_config.get("eos_token_id")
         if ids is None:
             return self.config.eos_token_ids
-        return tuple(ids) if isinstance(ids, list) else (ids,)
+        try:
+            return token_ids(ids)
+        except TypeError as error:
+            raise CheckpointError(
+                f"generation_config.json of {self.name} holds a wrong eos_token_id: {error}."
+            ) from error
 
     @functools.cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -132,10 +137,15 @@ class Checkpoint:
             from transformers import PreTrainedTokenizerFast
 
             tokenizer_class = PreTrainedTokenizerFast
-        else:
+        elif any(self.path.glob("tokenizer*")):
             from transformers import AutoTokenizer
 
             tokenizer_class = AutoTokenizer
+        else:
+            raise CheckpointError(
+                f"{self.name} has no tokenizer.json (looked in {self.path}): copy the tokenizer's "
+                "files from the model it was made from."
+            )
         try:
             return tokenizer_class.from_pretrained(str(self.path))
         except Exception as error:  # tokenizers raises bare Exception for a damaged file
@@ -186,7 +196,9 @@ def read_config(data: Mapping[str, Any], name: str) -> ModelConfig:
         raise CheckpointError(f"{name}: {error}") from error
     quantization = data.get("quantization_config")
     if quantization:
-        method = dict(quantization).get("quant_method", "an unknown method")
+        method = "an unknown method"
+        if isinstance(quantization, dict):
+            method = quantization.get("quant_method", method)
         raise CheckpointError(
             f"{name} is quantized with {method}, which hispec cannot read: use the checkpoint's "
             "float16 or bfloat16 original, or a GGUF file of it."
@@ -234,6 +246,8 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _local_folder(name: str, revision: str | None) -> Path:
     from hispec.model import bundled
 
+    if not name:
+        raise CheckpointError("The model's name is empty: give a folder or a hub id.")
     path = Path(name).expanduser()
     if path.is_dir():
         return path.absolute()
@@ -357,7 +371,7 @@ def _read_json(path: Path, name: str) -> dict[str, Any]:
         data = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"Cannot read {path}: {error.strerror or error}.") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path.name} of {name} is truncated or damaged ({path}): download or save it again."
         ) from error

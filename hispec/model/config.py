@@ -68,7 +68,9 @@ class ModelConfig:
             rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
             rope.setdefault("rope_type", rope.pop("type", "default"))
             rope.setdefault("rope_theta", raw.get("rope_theta", 10000.0))
-            eos = raw.get("eos_token_id")
+            for name in ("rope_theta", "factor", "low_freq_factor", "high_freq_factor"):
+                if rope.get(name) is not None:
+                    rope[name] = float(rope[name])
             config = ModelConfig(
                 vocab_size=int(raw["vocab_size"]),
                 hidden_size=hidden,
@@ -83,11 +85,7 @@ class ModelConfig:
                 attention_bias=bool(raw.get("attention_bias", False)),
                 mlp_bias=bool(raw.get("mlp_bias", False)),
                 rope=rope,
-                eos_token_ids=()
-                if eos is None
-                else tuple(eos)
-                if isinstance(eos, list)
-                else (eos,),
+                eos_token_ids=token_ids(raw.get("eos_token_id")),
                 bos_token_id=raw.get("bos_token_id"),
                 raw=raw,
             )
@@ -97,14 +95,30 @@ class ModelConfig:
             raise CheckpointError(
                 f"config.json holds a value of the wrong kind: {wrong}."
             ) from None
-        if min(config.num_heads, config.num_kv_heads, config.num_layers, config.head_dim) < 1:
-            raise CheckpointError("config.json holds a size below 1.")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+                     "num_kv_heads", "head_dim", "max_positions"):  # fmt: skip
+            if getattr(config, name) < 1:
+                raise CheckpointError(
+                    f"config.json holds a size below 1: {name} is {getattr(config, name)}."
+                )
         if config.num_heads % config.num_kv_heads:
             raise CheckpointError(
                 f"config.json: {config.num_heads} query heads do not divide over "
                 f"{config.num_kv_heads} KV heads."
             )
         return config
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """Returns the ids that a field names: none, one, or a list of them.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
+        raise TypeError(f"{value!r} is not a token id")
+    return tuple(ids)
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:

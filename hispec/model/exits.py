@@ -266,7 +266,7 @@ class Exits:
             )
         try:
             record = json.loads(config.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{config} cannot be read: {error}.") from None
         if not isinstance(record, dict) or record.get("format") != FORMAT:
             raise UsageError(f"{config} does not describe exits (format {FORMAT!r} expected).")

@@ -182,7 +182,7 @@ def _parse_header(path: Path, raw: bytes, *, data_start: int, file_size: int) ->
             start, end = (int(bound) for bound in fields["data_offsets"])
             shape = tuple(int(size) for size in fields["shape"])
             entries[name] = Entry(str(fields["dtype"]), shape, data_start + start, end - start)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(_damaged(path, "its header is not readable")) from error
     for name, entry in entries.items():
         if entry.start < data_start or entry.start + entry.num_bytes > file_size:
