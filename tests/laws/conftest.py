@@ -20,8 +20,8 @@ from hispec.model.exits import Exits  # noqa: E402
 def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., LM]:
     """Opens one of ``MODELS``, with trained heads if kinds are named; each combination once.
 
-    ``kind`` is a way of running passes (see ``open_lm``) and a dtype; ``exits`` names a kind of head
-    for the exits 1, 2, … in turn.
+    ``kind`` is a way of running passes (see ``open_lm``) and a dtype; ``exits`` names the heads of
+    the exits 1, 2, … in turn.
     """
     root = tmp_path_factory.mktemp("zoo")
     opened: dict[tuple[str, str, tuple[str, ...]], LM] = {}
