@@ -6,7 +6,7 @@ bars stretch with the page while text keeps its size, on a wide screen and on a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -23,9 +23,12 @@ class Bar(NamedTuple):
     kind: str = ""  # CSS class: ours, plain, theirs
 
 
-def axis_end(values: Sequence[float | None], least: float = 1.0) -> float:
-    """Returns a round number that all values stay below."""
-    top = max([least, *(value for value in values if value is not None)]) * 1.04
+def axis_end(entries: Iterable[Entry]) -> float:
+    """Returns a round number, at least 1, above all speed-ups and all but absurd intervals."""
+    found = [entry for entry in entries if entry["speedup"] is not None]
+    value = max([1.0, *(entry["speedup"] for entry in found)])
+    high = max([value, *(entry["speedup_high"] or 0.0 for entry in found)])
+    top = min(high, 1.6 * value) * 1.04
     step = next(s for s in (0.1, 0.2, 0.25, 0.5, 1, 2, 5, 10, 50, 100, 1e9) if top / s <= 10)
     return step * -(-top // step)
 
@@ -153,3 +156,14 @@ def level_class(name: str, exits: Sequence[str]) -> str:
     if name in exits:
         return f"exit{min(exits.index(name), 3)}"
     return {"target": "target", "prefill": "prefill"}.get(name, "rest")
+
+
+def exit_names(methods: Mapping[str, Any]) -> list[str]:
+    """Returns the names of all exits any method used, from the shallowest up."""
+    names = {
+        level["name"]
+        for entry in methods.values()
+        for level in entry["levels"]
+        if level["name"].startswith("exit ")
+    }
+    return sorted(names, key=lambda name: int(name.split()[1]))

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from hispec.bench import charts, page
-from hispec.bench.markdown import NOTHING, table
+from hispec.bench.markdown import NOTHING, interval, table
 
 Document = dict[str, Any]
 
@@ -29,10 +29,7 @@ def markdown(documents: Mapping[str, Document]) -> str:
 def html(documents: Mapping[str, Document]) -> str:
     """Returns the comparison as a page."""
     methods = _methods(documents)
-    highs = [
-        entry["speedup_high"] for found in documents.values() for entry in found["methods"].values()
-    ]
-    end = charts.axis_end(highs)
+    end = charts.axis_end(e for found in documents.values() for e in found["methods"].values())
     shared = [m for m in methods if sum(m in d["methods"] for d in documents.values()) > 1]
     panels = ""
     for method in shared or methods:
@@ -72,10 +69,7 @@ def _speeds(documents: Mapping[str, Document]) -> tuple[list[str], list[list[str
             if not entry or entry["speedup"] is None:
                 row.append(NOTHING)
                 continue
-            low, high = entry["speedup_low"], entry["speedup_high"]
-            row.append(
-                f"{entry['speedup']:.2f} [{low:.2f}, {high:.2f}], {entry['tok_per_s']:.1f} tok/s"
-            )
+            row.append(f"{interval(entry, 'speedup')}, {entry['tok_per_s']:.1f} tok/s")
         rows.append(row)
     return ["method", *documents], rows
 

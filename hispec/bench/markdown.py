@@ -46,9 +46,10 @@ def conditions(document: Document) -> str:
         f"with a 95 % bootstrap interval.",
     ]
     if drift:
-        steady = drift["ratio_low"] <= 1 <= drift["ratio_high"]
+        low, high = drift["ratio_low"], drift["ratio_high"]
+        steady = low is None or low <= 1 <= high
         lines.append(
-            f"Drift (`ar` first over `ar` last): {_interval(drift, 'ratio')}"
+            f"Drift (`ar` first over `ar` last): {interval(drift, 'ratio')}"
             + (
                 "."
                 if steady
@@ -75,7 +76,7 @@ def method_rows(document: Document) -> tuple[list[str], list[list[str]]]:
         rows.append(
             [
                 name,
-                _interval(entry, "speedup"),
+                interval(entry, "speedup"),
                 _number(entry["total_speedup"], 2),
                 _number(entry["tok_per_s"], 1),
                 _number(_times(entry["prefill_s"], 1000), 0),
@@ -126,10 +127,7 @@ def categories_table(document: Document) -> str:
         return ""
     rows = [
         [name]
-        + [
-            _interval(entry["by_category"].get(category, {"speedup": None}), "speedup")
-            for category in categories
-        ]
+        + [interval(entry["by_category"].get(category, {}), "speedup") for category in categories]
         for name, entry in document["methods"].items()
     ]
     return "Speed-up by category\n\n" + table(["method", *categories], rows)
@@ -215,10 +213,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(head), rule, *(line(row) for row in rows)])
 
 
-def _interval(entry: Document, key: str) -> str:
-    if entry.get(key) is None:
+def interval(entry: Document, key: str) -> str:
+    """Returns a ratio with its interval, ``1.42 [1.38, 1.47]``."""
+    value, low, high = entry.get(key), entry.get(f"{key}_low"), entry.get(f"{key}_high")
+    if value is None:
         return NOTHING
-    return f"{entry[key]:.2f} [{entry[f'{key}_low']:.2f}, {entry[f'{key}_high']:.2f}]"
+    return f"{value:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
 
 
 def _number(value: float | None, digits: int) -> str:

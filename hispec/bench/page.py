@@ -22,7 +22,7 @@ def render(document: Document, rows: Sequence[Row]) -> str:
         document: its summary.
         rows: its raw rows, for the view of one answer.
     """
-    made = document["provenance"]
+    made, entries = document["provenance"], document["methods"]
     sections = [
         f"<h1>{escape(short_name(made['model']))}: methods side by side</h1>",
         _headline(document),
@@ -30,7 +30,7 @@ def render(document: Document, rows: Sequence[Row]) -> str:
             "Speed-up",
             "Ratio of total decode times to the fastest plain decoding of our own, same prompts, "
             "per decoded token. Whiskers: 95 % bootstrap interval; dashed line: 1.",
-            charts.bars(_bars(document["methods"]), _end(document)),
+            charts.bars(_bars(entries), charts.axis_end(entries.values())),
         ),
         _methods(document),
         _categories(document),
@@ -94,10 +94,6 @@ def _bars(entries: Document) -> list[charts.Bar]:
     ]
 
 
-def _end(document: Document) -> float:
-    return charts.axis_end([entry["speedup_high"] for entry in document["methods"].values()])
-
-
 def _headline(document: Document) -> str:
     ours = {
         name: entry
@@ -139,13 +135,12 @@ def _categories(document: Document) -> str:
         }
         for category in categories
     }
-    highs = [entry["speedup_high"] for found in picked.values() for entry in found.values()]
-    end = charts.axis_end(highs)
+    end = charts.axis_end(entry for found in picked.values() for entry in found.values())
     panels = ""
     for category, found in picked.items():
         answers = max((entry["prompts"] for entry in found.values()), default=0)
         panels += (
-            f'<div class="panel"><h3>{escape(category)} <small>{answers} answers</small></h3>'
+            f'<div class="panel"><h3>{escape(category)} <small>{answers} answer{"s" * (answers != 1)}</small></h3>'
             f"{charts.bars(_bars(found), end)}</div>"
         )
     return section(
@@ -185,7 +180,7 @@ def _acceptance(document: Document) -> str:
 
 def _time(document: Document) -> str:
     entries = {n: e for n, e in document["methods"].items() if e["time_share"]}
-    exits = exit_names(document)
+    exits = charts.exit_names(document["methods"])
     rows = []
     for name, entry in entries.items():
         per_token = 1000 / entry["tok_per_s"]
@@ -209,17 +204,6 @@ def _time(document: Document) -> str:
         charts.legend([(level, charts.level_class(level, exits)) for level in keys])
         + charts.stacks(rows, "ms"),
     )
-
-
-def exit_names(document: Document) -> list[str]:
-    """Returns the names of all exits any method used, from the shallowest up."""
-    names = {
-        level["name"]
-        for entry in document["methods"].values()
-        for level in entry["levels"]
-        if level["name"].startswith("exit ")
-    }
-    return sorted(names, key=lambda name: int(name.split()[1]))
 
 
 def _differences(document: Document) -> str:

@@ -28,16 +28,13 @@ class Ratio:
 
     Attributes:
         value: baseline over method; above 1 the method is faster.
-        low: lower end, 95 % coverage.
+        low: lower end, 95 % coverage; None where a single measurement leaves it open.
         high: upper end.
     """
 
     value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
+    low: float | None
+    high: float | None
 
 
 def ratio(
@@ -57,6 +54,8 @@ def ratio(
         raise ValueError(f"cannot compare {len(baseline)} prompts with {len(method)}")
     generator = np.random.default_rng(seed)
     value = _total(baseline) / _total(method)
+    if len(baseline) == 1 and len(baseline[0]) == len(method[0]) == 1:
+        return Ratio(value, None, None)
     redraw = len(baseline) < _FEW
     above = _medians(baseline, generator, redraw=redraw)  # (draws or 1, prompts)
     below = _medians(method, generator, redraw=redraw)
@@ -68,7 +67,7 @@ def ratio(
     if not redraw:
         wider = _widening(len(baseline))
         low, high = value * (low / value) ** wider, value * (high / value) ** wider
-    return Ratio(float(value), float(low), float(high))
+    return Ratio(value, float(low), float(high))
 
 
 def _widening(prompts: int) -> float:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hispec.bench import charts, page
+from hispec.bench.markdown import interval
 from hispec.errors import UsageError
 from hispec.hierarchy import AR, MAX_WIDTH, Hierarchy, Level, eighth_and_quarter
 
@@ -139,7 +140,7 @@ def _measured(final: Mapping[str, Any], value: Mapping[str, Any]) -> str:
     entry = final["methods"].get(name)
     if not entry or entry["speedup"] is None:
         return "not measured"
-    return f"{entry['speedup']:.2f} [{entry['speedup_low']:.2f}, {entry['speedup_high']:.2f}]"
+    return interval(entry, "speedup")
 
 
 Speeds = Mapping[tuple[Level, ...], float | None]

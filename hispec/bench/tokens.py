@@ -26,11 +26,11 @@ def token_views(document: dict[str, Any], rows: Sequence[Row]) -> str:
         name: {row["item"]: row for row in rows if row["method"] == name and "origins" in row}
         for name in drafting
     }
-    views = ""
+    views, exits = "", charts.exit_names(document["methods"])
     item = _choose([found for found in shown.values() if found])
     for name, found in shown.items():
         if item in found:
-            views += _view(name, found[item], opened=not views)
+            views += _view(name, found[item], exits, opened=not views)
     if not views:
         return ""
     return (
@@ -51,8 +51,7 @@ def _choose(found: Sequence[dict[str, Row]]) -> str | None:
     return next(enough, max(lengths, key=lambda key: lengths[key], default=None))
 
 
-def _view(name: str, row: Row, *, opened: bool) -> str:
-    exits = [level["name"] for level in row["levels"] if level["name"] != "target"]
+def _view(name: str, row: Row, exits: Sequence[str], *, opened: bool) -> str:
     spans = ""
     for piece, origin in zip(row["pieces"], row["origins"], strict=True):
         kind = charts.level_class(origin, exits)
