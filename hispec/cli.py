@@ -9,10 +9,15 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
 
 from hispec import __version__
@@ -22,9 +27,9 @@ from hispec.errors import HispecError, UsageError
 COMMANDS = {
     "generate": ("answer a prompt", "hispec.commands.generate"),
     "chat": ("talk to the model", "hispec.commands.chat"),
-    "bench": ("compare methods on prompts", "hispec.bench.command"),
-    "bench report": ("rebuild a benchmark's report or compare runs", "hispec.bench.report_command"),
-    "bench sweep": ("find the best exits and windows", "hispec.bench.sweep_command"),
+    "bench": ("compare methods on prompts", "hispec.commands.bench"),
+    "bench report": ("rebuild a benchmark's report or compare runs", "hispec.commands.bench_report"),
+    "bench sweep": ("find the best exits and windows", "hispec.commands.bench_sweep"),
     "distill": ("let the model continue prompts: training data", "hispec_training.distill"),
     "train": ("add exits to a model", "hispec_training.trainer"),
     "doctor": ("show what is installed and what would be used", "hispec.commands.doctor"),
@@ -65,12 +70,19 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line and returns its exit code: 0, 1 (failed), 2 (usage), 130 (Ctrl-C)."""
+    """Runs the command line and returns its exit code.
+
+    0, 1 (failed), 2 (usage), 130 (Ctrl-C); SIGTERM raises ``SystemExit(143)``.
+    """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     verbose = "-v" in arguments or "--verbose" in arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character
     try:
-        code = _dispatch(arguments)
-        sys.stdout.flush()  # a reader that went away shows here at the latest
+        with _terminated_as_exit():
+            code = _dispatch(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()  # a reader that went away shows here at the latest
         return code
     except HispecError as error:
         if verbose:
@@ -90,6 +102,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = str(error).strip().split("\n")[0]
         print(f"hispec: {type(error).__name__}: {text} (-v shows where)", file=sys.stderr)
         return 1
+
+
+@contextmanager
+def _terminated_as_exit() -> Iterator[None]:
+    """Inside, SIGTERM raises ``SystemExit`` with its usual code, so that files end in order."""
+
+    def leave(number: int, _: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _dispatch(arguments: list[str]) -> int:

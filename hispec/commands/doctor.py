@@ -41,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     else:
         _row("gpu", torch.cuda.get_device_name())
     folder = cache_dir()
-    writable = os.access(next(p for p in (folder, *folder.parents) if p.exists()), os.W_OK)
+    writable = os.access(next(p for p in (folder, *folder.parents) if os.path.exists(p)), os.W_OK)
     _row("cache", f"{folder}{'' if writable else ' (not writable: set HISPEC_HOME)'}")
     return _model_report(args) if args.model else 0
 

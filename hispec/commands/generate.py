@@ -36,6 +36,8 @@ def main(args: argparse.Namespace) -> int:
                 print(piece, end="", flush=True)
     except KeyboardInterrupt:
         code = 130
+    except SystemExit as terminated:
+        code = int(terminated.code or 0)
     result = stream.result
     if args.json:
         print(json.dumps(result.to_json()), flush=True)

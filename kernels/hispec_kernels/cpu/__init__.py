@@ -93,14 +93,16 @@ def load_library(folder: Path) -> ctypes.CDLL:
     for source in _SOURCES:
         digest.update(source.read_bytes())
     path = folder / f"passes-{digest.hexdigest()[:16]}.so"
-    if not path.exists():
-        _compile(compiler, path)
     # Promotes torch's runtime to the global scope, where the library finds its symbols.
     ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
     try:
         library = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"{path} cannot be loaded: {error}") from None
+    except OSError:  # not there yet, or damaged
+        _compile(compiler, path)
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise BuildError(f"{path} cannot be loaded: {error}") from None
     if not library.amx_allowed():
         raise BuildError("the kernel does not grant AMX registers")
     pointer, size, real, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
