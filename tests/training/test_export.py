@@ -1,3 +1,4 @@
+import argparse
 import json
 
 import pytest
@@ -177,3 +178,25 @@ def test_the_engine_drafts_with_what_was_trained(checkpoint, tmp_path, spec):
             assert torch.equal(head.vocab_ids, exits.vocab_ids(e))
         cache.truncate(root)
         head.truncate(root)
+
+
+def test_measured_acceptance_is_written_into_the_folder(saved, checkpoint, tmp_path, capsys):
+    from hispec_training import measure
+
+    exits, folder = saved
+    rows = [{"prompt_ids": [1, 2], "response_ids": list(range(3, 30)), "category": "qa"}] * 3
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parser = argparse.ArgumentParser()
+    measure.add_arguments(parser)
+    given = ["--model", checkpoint.name, "--exits", str(folder), "--write"]
+    args = parser.parse_args([*given, "--data", str(tmp_path / "data.jsonl")])
+    weights = (folder / "exit_2.safetensors").read_bytes()
+    assert measure.main(args) == 0
+    tables = json.loads(capsys.readouterr().out)
+    record = json.loads((folder / "config.json").read_text())
+    table = record["exits"][1]["acceptance"]
+    assert table["texts"] == "data.jsonl" and table["positions"] == 8 * 3 * 27
+    assert table["top1"] == tables["2"]["top1"] and "by_offset" in table
+    assert (folder / "exit_2.safetensors").read_bytes() == weights
+    revived = measure.revive(TrainedExits.from_pretrained(folder, checkpoint), checkpoint)
+    assert torch.equal(revived.vocab_ids(2), exits.vocab_ids(2))

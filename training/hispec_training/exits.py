@@ -50,16 +50,20 @@ class Exits(nn.Module):
         self.specs = {spec.exit_layer: spec for spec in specs}
         self.heads = build_heads(specs, checkpoint)
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        lm_head = checkpoint.tensor(name).to(dtype)  # (V, D)
+        self._lm_head = [checkpoint.tensor(name).to(dtype)]  # (V, D), in a list: not a buffer
         for spec in specs:
-            tokens = frequent_tokens(counts, spec.vocab_size, checkpoint.eos_token_ids).long()
-            row_of = torch.full((config.vocab_size,), -1)
-            row_of[tokens] = torch.arange(len(tokens))
-            self.register_buffer(f"tokens_{spec.exit_layer}", tokens, persistent=False)
-            self.register_buffer(f"row_of_{spec.exit_layer}", row_of, persistent=False)
-            # all rows in their own order need no copy
-            rows = lm_head if len(tokens) == config.vocab_size else lm_head[tokens]
-            self.register_buffer(f"rows_{spec.exit_layer}", rows, persistent=False)
+            tokens = frequent_tokens(counts, spec.vocab_size, checkpoint.eos_token_ids)
+            self.set_vocabulary(spec.exit_layer, tokens)
+
+    def set_vocabulary(self, exit_layer: int, tokens: Tensor) -> None:
+        """The head of an exit has the rows of these token ids (V',), in their order."""
+        tokens, lm_head = tokens.long(), self._lm_head[0]
+        row_of = torch.full((len(lm_head),), -1)
+        row_of[tokens] = torch.arange(len(tokens))
+        # all rows in their own order need no copy
+        rows = lm_head if len(tokens) == len(lm_head) else lm_head[tokens]
+        for kind, tensor in (("tokens", tokens), ("row_of", row_of), ("rows", rows)):
+            self.register_buffer(f"{kind}_{exit_layer}", tensor, persistent=False)
 
     @property
     def layers(self) -> list[int]:

@@ -1,0 +1,101 @@
+"""Acceptance of saved exits on texts of the target, and the table in their folder.
+
+    python -m hispec_training.measure --model M --exits DIR --data FILE... [--write]
+
+Prints one JSON document with each exit's table: agreement over all positions, by category, by
+distance from the root, and the mean run of right guesses for every window. ``--write`` makes it
+the acceptance table of the folder's config and model card.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+from hispec.errors import HispecError
+from hispec.model.checkpoint import Checkpoint, open_checkpoint
+from hispec_training.evaluate import ROUND, Costs, evaluate, tokens_per_ms
+from hispec_training.exits import Exits
+from hispec_training.export import TrainedExits, load_into
+from hispec_training.heads import HeadSpec
+from hispec_training.shards import build_shards, read_examples
+from hispec_training.trunk import Trunk
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """``parser`` knows the options."""
+    add = parser.add_argument
+    add("--model", required=True, help="the exits' base")
+    add("--exits", required=True, type=Path, metavar="DIR", help="what hispec train wrote")
+    add("--data", required=True, nargs="+", metavar="FILE", help="what hispec distill wrote")
+    add("--name", default=None, help="of the texts, for the card (default: the files' names)")
+    add("--cache", type=Path, default=None, help="folder for the states, kept (default: dropped)")
+    add("--max-length", type=int, default=4096, help="longer texts are cut, tokens")
+    add("--shifts", type=int, default=ROUND, help=f"passes, at most {ROUND}: more is finer")
+    add("--write", action="store_true", help="into the folder's config and card")
+
+
+def main(args: argparse.Namespace) -> int:
+    """The tables are on stdout; returns the exit code.
+
+    Raises:
+        HispecError: Bad data or exits.
+    """
+    checkpoint = open_checkpoint(args.model)
+    saved = TrainedExits.from_pretrained(args.exits, checkpoint)
+    exits = revive(saved, checkpoint)
+    examples, _ = read_examples([Path(name) for name in args.data], args.max_length)
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = build_shards(
+            args.cache or Path(scratch),
+            examples,
+            lambda: Trunk(checkpoint),
+            fingerprint=checkpoint.fingerprint,
+            layers=sorted({*exits.specs, checkpoint.config.num_layers}),
+            progress=lambda done, total: print(f"{done}/{total} shards", file=sys.stderr),
+        )
+        tallies = evaluate(exits, cache, shifts=range(args.shifts))
+    name = args.name or ", ".join(Path(name).name for name in args.data)
+    tables = {e: {"texts": name, **tally.table()} for e, tally in tallies.items()}
+    if args.write:
+        for entry in saved.record["exits"]:
+            entry["acceptance"] = tables[entry["exit_layer"]]
+        saved.save_pretrained(args.exits)
+    for e, tally in tallies.items():
+        share = len(exits.vocab_ids(e)) / checkpoint.config.vocab_size
+        draft_ms = Costs().draft(e, exits.specs[e].kind == "block", share)
+        rate, window = tokens_per_ms(tally, draft_ms)
+        tables[e] |= {"predicted_tok_per_ms": round(rate, 5), "best_window": window}
+    print(json.dumps(tables))
+    return 0
+
+
+def revive(saved: TrainedExits, checkpoint: Checkpoint) -> Exits:
+    """Saved heads as they were under training, vocabulary included."""
+    specs = [
+        HeadSpec(
+            int(x["exit_layer"]), x["kind"], x["context"], x.get("feature", False), x["vocab_size"]
+        )
+        for x in saved.record["exits"]
+    ]
+    exits = Exits(specs, checkpoint, torch.zeros(checkpoint.config.vocab_size))
+    load_into(exits, saved)
+    for e, ids in saved.vocab_ids.items():
+        if ids is not None:
+            exits.set_vocabulary(e, ids)
+    return exits
+
+
+if __name__ == "__main__":
+    _parser = argparse.ArgumentParser(prog="hispec_training.measure", description=__doc__)
+    add_arguments(_parser)
+    try:
+        sys.exit(main(_parser.parse_args()))
+    except HispecError as _error:
+        print(f"error: {_error}", file=sys.stderr)
+        sys.exit(_error.exit_code)
