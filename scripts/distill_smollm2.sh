@@ -12,19 +12,20 @@
 #
 # MINUTES=N bounds the training part; run again with the same arguments to go on.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-source scripts/_env.sh
+[ $# -eq 3 ] || { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
+ensure_env test # with the training libraries
 data=$1 spec=$2 out=$3
 
-python scripts/training_prompts.py --dolly "$data/dolly15k.jsonl.gz" \
+"$PYTHON" "$ROOT/scripts/training_prompts.py" --dolly "$data/dolly15k.jsonl.gz" \
   --gsm8k "$data/gsm8k_train.jsonl.gz" --code "$data/gpteacher_codegen.jsonl.gz" \
   --wikitext "$data/wikitext2_v1_train.txt.gz" --out "$out/prompts"
 
-distill() { hispec distill --model smollm2-135m --resume "$@"; }
+distill() { "$VENV/bin/hispec" distill --model smollm2-135m --resume "$@"; }
 
 distill --prompts "$out/prompts/heldout.jsonl" --out "$out/heldout.jsonl" \
   --max-new-tokens 160 --sampled-fraction 0 --keep-order --rows 96
 distill --prompts "$spec" --out "$out/spec_eval.jsonl" --max-prompt-tokens 2400 \
-  --max-new-tokens 144 --sampled-fraction 0 --keep-order --rows 96 --shard-rows 240
+  --max-new-tokens 128 --sampled-fraction 0 --keep-order --rows 96 --shard-rows 480
 distill --prompts "$out/prompts/train.jsonl" --exclude "$spec" --out "$out/train.jsonl" \
-  --max-new-tokens 200 --rows 128 --shard-rows 384 ${MINUTES:+--minutes "$MINUTES"}
+  --max-new-tokens 160 --max-prompt-tokens 800 --rows 128 --shard-rows 512 ${MINUTES:+--minutes "$MINUTES"}
