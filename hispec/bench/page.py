@@ -140,7 +140,8 @@ def _categories(document: Document) -> str:
     for category, found in picked.items():
         answers = max((entry["prompts"] for entry in found.values()), default=0)
         panels += (
-            f'<div class="panel"><h3>{escape(category)} <small>{answers} answer{"s" * (answers != 1)}</small></h3>'
+            f'<div class="panel"><h3>{escape(category)} '
+            f"<small>{answers} answer{'s' * (answers != 1)}</small></h3>"
             f"{charts.bars(_bars(found), end)}</div>"
         )
     return section(

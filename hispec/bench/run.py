@@ -136,14 +136,21 @@ class Run:
                 self._answer(method, question)
 
     def encode(self, prompt: Prompt, turn: int, answers: Sequence[str]) -> list[int]:
-        """Returns the token ids of a prompt's turn, given the answers to those before."""
+        """Returns the token ids of a prompt's turn, given the answers to those before.
+
+        Raises:
+            UsageError: it has ids that the model does not; the prompt is named.
+        """
         lm = self.bench.lm
-        if prompt.ids:
-            return lm.encode(prompt.ids)
-        chat = prompt.chat(turn, answers)
-        if self.plan.raw or not lm.tokenizer.chat_template:
-            return lm.encode("\n\n".join(message["content"] for message in chat), raw=True)
-        return lm.encode(chat)
+        try:
+            if prompt.ids:
+                return lm.encode(prompt.ids)
+            chat = prompt.chat(turn, answers)
+            if self.plan.raw or not lm.tokenizer.chat_template:
+                return lm.encode("\n\n".join(message["content"] for message in chat), raw=True)
+            return lm.encode(chat)
+        except UsageError as error:
+            raise UsageError(f"prompt {prompt.id}: {error}") from None
 
     def _converse(self, prompt: Prompt, number: int, progress: Progress) -> None:
         """Runs all turns of a prompt; a turn continues on plain decoding's answers."""

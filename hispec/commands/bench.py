@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from hispec.bench.folder import RunFolder
     from hispec.generation import LM
 
+#: Tokens on which agreement of a shared head is looked at.
+_TEXT_ENOUGH = 128
+
 METHODS = "ar,layerskip,hispec,auto,hf,hf-prompt-lookup"
 
 
@@ -107,7 +110,8 @@ def execute(plan: Any, out: Path, bench: Any, methods: Any) -> RunFolder:
     print(f"The run's folder: {folder.path}", file=sys.stderr)
     run = Run(plan, folder, bench, methods)
     if not folder.document.get("notes"):
-        explain_early_exit(bench.lm, methods, run.encode(plan.prompts.prompts[0], 0, []))
+        some = run.encode(plan.prompts.prompts[0], 0, [])[:_TEXT_ENOUGH]
+        explain_early_exit(bench.lm, methods, some)
         folder.note({method.name: method.note for method in methods})
     run()
     return folder

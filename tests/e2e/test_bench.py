@@ -142,6 +142,13 @@ def test_a_malformed_line_is_named(bench: Any, tmp_path: Path) -> None:
     assert "bad.jsonl line 2: prompt should be a text, got 3." in err
 
 
+def test_ids_outside_the_vocabulary_are_named(bench: Any, tmp_path: Path) -> None:
+    file = write_prompts(tmp_path / "ids.jsonl", [{"prompt": "a"}, {"prompt_ids": [1, 10**6]}])
+    code, _, err = bench(*short(tmp_path, "--prompts", str(file), "--methods", "hispec"))
+    assert code == 2
+    assert "prompt 2: token id 1000000 is not in [0, 319]" in err
+
+
 def test_nothing_is_tuned_on_spec_bench(bench: Any, tmp_path: Path) -> None:
     rows = [
         {"question_id": 81, "category": "writing", "turns": ["a", "b"]},
@@ -170,6 +177,7 @@ def test_a_failing_method_ends_with_code_1(
     assert "`hf` **failed** on 4 answers: RuntimeError: it broke" in out
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(model: Path, tmp_path: Path, cache_home: Path) -> None:
     rows = [{"id": str(i), "prompt_ids": [5 + i, 6, 7]} for i in range(40)]
     prompts = write_prompts(tmp_path / "prompts.jsonl", rows)
