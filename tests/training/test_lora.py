@@ -163,6 +163,24 @@ def test_a_step_is_the_sum_of_its_losses(checkpoint, cache, tmp_path, full):
         ) if a is not None else None
 
 
+@pytest.mark.parametrize("length", [1, 40, 300])
+def test_short_attention_is_attention(length):
+    from hispec_training.short_attention import short_attention
+
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 6, length, 8, generator=generator, requires_grad=True)
+    k, v = (torch.randn(2, 2, length, 8, generator=generator).requires_grad_() for _ in "kv")
+    got, _ = short_attention(None, q, k, v, None)
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(got, want.transpose(1, 2), rtol=1e-4, atol=1e-5)
+    weights = torch.randn(got.shape, generator=generator)
+    grads = [
+        torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (got, want.transpose(1, 2))
+    ]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
 # training
 
 

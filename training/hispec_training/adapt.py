@@ -70,7 +70,7 @@ class LoraRecipe:
     lr: float = 1e-3
     warmup_steps: int = 20
     soft: float = 0.5
-    curriculum: str = "rotate"
+    curriculum: str = "all"
     exit_scale: float = 0.0
     layer_dropout: float = 0.0
     keep: float = 2.0

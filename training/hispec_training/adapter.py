@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from hispec.errors import CheckpointError, HispecError, UsageError
 from hispec.model.checkpoint import Checkpoint
+from hispec_training import short_attention
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -44,8 +45,8 @@ class LoraShape:
     alpha: float = 1.0
 
 
-def base_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    """Returns transformers' model of the checkpoint, on the CPU."""
+def base_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sdpa") -> Any:
+    """Returns transformers' model of the checkpoint, on the CPU, with the named attention."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -53,7 +54,7 @@ def base_model(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     logging.disable_progress_bar()  # a bar for a second of loading
     try:
         return AutoModelForCausalLM.from_pretrained(
-            str(checkpoint.path), dtype=dtype, attn_implementation="sdpa"
+            str(checkpoint.path), dtype=dtype, attn_implementation=attention
         )
     finally:
         if shown:
@@ -94,13 +95,17 @@ def add_lora(
         layers_to_transform=list(adapted),
         task_type="CAUSAL_LM",
     )
-    base = base_model(checkpoint, dtype)
+    base = base_model(checkpoint, dtype, short_attention.register())
     torch.manual_seed(seed)
     model = get_peft_model(base, config)
     # What peft writes into the adapter: the name another machine can load, not a cache folder.
     model.peft_config["default"].base_model_name_or_path = checkpoint.name
     for parameter in lora_parameters(model):
         parameter.data = parameter.data.float()
+    for module in model.modules():
+        # peft casts inputs up to the updates' fp32, autocast down again: a tenth of a step
+        if hasattr(module, "lora_A"):
+            module.cast_input_dtype_enabled = dtype == torch.float32
     return model
 
 

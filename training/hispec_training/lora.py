@@ -39,9 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--deep-rank", type=int, default=8, help="of the layers above; 0 leaves them alone")
     add(
         "--curriculum",
-        choices=["rotate", "all", "gradual"],
-        default="rotate",
-        help="exits with a loss at a step: one after the other, all, or the deepest first",
+        choices=["all", "rotate", "gradual"],
+        default="all",
+        help="exits with a loss at a step: all, one after the other, or the deepest first",
     )
     add("--exit-scale", type=float, default=0.0, help="how much more deeper exits weigh")
     add("--layer-dropout", type=float, default=0.0, help="chance to leave out the last layer")
