@@ -1,0 +1,374 @@
+"""Are they the same tokens? On real prompts, and bit for bit in the logits.
+
+    python scripts/check_identity.py --prompts question.jsonl --hf
+
+For each dtype:
+
+1. *Tokens.* Every prompt is continued greedily by plain decoding (``ar``) and by each hierarchy;
+   the ids must be the same. ``late`` is a hierarchy of two exits near the top, whose drafts are
+   often right even where no exits were trained. In fp32, with ``--hf``, ``ar`` is also compared
+   with transformers' greedy ``generate`` on the same converted folder; where they part, the top-2
+   gap of the logits at that token is listed. Below 1e-3 it is a rounding tie: transformers
+   multiplies in other shapes.
+2. *Bits.* Long texts (the prompts, one behind the other, cut at 1,500 tokens) are run token by
+   token as plain decoding runs them, then again in passes of random widths, cut at the exits of
+   ``hispec``. No bit of any row of logits may differ.
+
+The ids of plain decoding and of transformers are kept in the cache folder, so that later runs only
+pay for the hierarchies. Kept ids are not trusted blindly: where a hierarchy differs, plain decoding
+is run anew, and if it is what changed, that is printed too and the new ids are kept.
+
+Exit code 1 if any token or bit differs, ties with transformers apart. ``--out`` gets one JSON
+object a line: the machine first, then a row a prompt, then the bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import hispec
+from hispec.bench.prompts import Prompt, load_prompts
+from hispec.bench.provenance import collect, cpu_name
+from hispec.generation import LM
+from hispec.hierarchy import Hierarchy, Level
+from hispec.model.passes import MAX_WIDTH
+from hispec.model.store import cache_dir
+
+ROOT = Path(__file__).resolve().parent.parent
+TIE = 1e-3  # top-2 gap of logits below which transformers may round to the other side
+WARM = 300  # tokens of a long text that are prefilled before its rows are compared
+
+
+class Kept:
+    """Token ids by (what made them, prompt), in a JSON file that is rewritten whole."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.ids: dict[str, list[int]] = json.loads(path.read_text())
+        except (OSError, ValueError):
+            self.ids = {}
+
+    def get(self, key: str, make: Callable[[], list[int]]) -> tuple[list[int], bool]:
+        """Returns the ids, and whether they were kept from an earlier run."""
+        if key in self.ids:
+            return self.ids[key], True
+        return self.put(key, make()), False
+
+    def put(self, key: str, ids: list[int]) -> list[int]:
+        self.ids[key] = ids
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=self.path.parent)
+        with os.fdopen(handle, "w") as file:
+            json.dump(self.ids, file)
+        os.replace(temporary, self.path)
+        return ids
+
+
+def key_of(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """The first place at which two texts differ, None if nowhere."""
+    for place, (x, y) in enumerate(zip(a, b, strict=False)):
+        if x != y:
+            return place
+    return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def named(lm: LM, name: str) -> str | Hierarchy:
+    """Returns what a name of ``--hierarchies`` stands for."""
+    if name != "late":
+        return name
+    top = lm.model.config.num_layers
+    return Hierarchy((Level(top * 4 // 5, 2), Level(top - max(1, top // 15), 4)), name)
+
+
+# ------------------------------------------------------------------ tokens
+
+
+class Tokens:
+    """Compares the texts of all methods, one prompt after the other."""
+
+    def __init__(self, lm: LM, dtype: str, args: argparse.Namespace, kept: Kept) -> None:
+        self.lm, self.dtype, self.args, self.kept = lm, dtype, args, kept
+        self.reference: Any = None  # transformers' model, loaded when first needed
+        self.counts = {name: [0, 0] for name in args.hierarchies}  # equal, compared
+        self.counts["transformers"] = [0, 0]
+        self.ties: list[str] = []
+
+    def prompt(self, prompt: Prompt, ids: list[int]) -> dict[str, Any]:
+        """Returns the row of one prompt."""
+        lm, count = self.lm, self.args.max_new_tokens
+        setting = (torch.__version__, cpu_name(), torch.get_num_threads())
+        key = key_of(
+            "ar", lm.checkpoint.fingerprint, self.dtype, lm.model.device, count, ids, setting
+        )
+
+        def plain() -> list[int]:
+            return lm.generate(ids, hierarchy="ar", max_new_tokens=count).token_ids
+
+        wanted, old = self.kept.get(key, plain)
+        row: dict[str, Any] = {
+            "kind": "tokens",
+            "dtype": self.dtype,
+            "prompt": prompt.id,
+            "category": prompt.category,
+            "prompt_tokens": len(ids),
+            "tokens": len(wanted),
+        }
+        for name in self.args.hierarchies:
+            result = lm.generate(ids, hierarchy=named(lm, name), max_new_tokens=count)
+            if old and result.token_ids != wanted:
+                wanted, old, was = self.kept.put(key, plain()), False, wanted
+                if wanted != was:
+                    print(
+                        f"  {prompt.id}: plain decoding itself has changed since the ids were kept"
+                    )
+            place = first_difference(result.token_ids, wanted)
+            row[name] = {
+                "first_difference": place,
+                "block_efficiency": round(result.block_efficiency, 4),
+                "layer_visits": result.layer_visits,
+            }
+            self.counts[name][0] += place is None
+            self.counts[name][1] += 1
+            if place is not None:
+                print(f"  {prompt.id}: {name} differs from ar at token {place} of {len(wanted)}")
+        if self.args.hf and self.dtype == "fp32":
+            row["transformers"] = self.transformers(prompt, ids, wanted)
+        return row
+
+    def transformers(self, prompt: Prompt, ids: list[int], ours: list[int]) -> dict[str, Any]:
+        """Compares with transformers' ``generate``; ties are listed, not counted against us."""
+        import transformers
+
+        count, version = self.args.max_new_tokens, (torch.__version__, transformers.__version__)
+        key = key_of("hf", self.lm.checkpoint.fingerprint, count, ids, version)
+
+        def generate() -> list[int]:
+            model = self.hf_model()
+            with torch.inference_mode():
+                text = model.generate(
+                    torch.tensor([ids]),
+                    attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+                    max_new_tokens=count,
+                    do_sample=False,
+                    repetition_penalty=None,
+                    eos_token_id=sorted(self.lm.eos),
+                    pad_token_id=min(self.lm.eos),
+                )
+            return text[0, len(ids) :].tolist()
+
+        theirs, _ = self.kept.get(key, generate)
+        place = first_difference(ours, theirs)
+        found: dict[str, Any] = {"first_difference": place}
+        self.counts["transformers"][1] += 1
+        if place is None:
+            self.counts["transformers"][0] += 1
+        else:
+            with torch.inference_mode():
+                logits = self.hf_model()(torch.tensor([ids + theirs[:place]])).logits[0, -1]
+            gap = float(logits.topk(2).values.diff().abs())
+            found |= {"top2_gap": gap, "tie": gap < TIE}
+            line = f"{prompt.id}: ar and transformers part at token {place}, top-2 gap {gap:.1e}"
+            print(f"  {line}")
+            if gap < TIE:
+                self.ties.append(line)
+        return found
+
+    def hf_model(self) -> Any:
+        if self.reference is None:
+            from transformers import AutoModelForCausalLM
+
+            path = str(self.lm.checkpoint.path)
+            self.reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        return self.reference
+
+    def failed(self) -> bool:
+        """Whether any text differs, ties with transformers apart."""
+        hierarchies = any(
+            self.counts[name][0] < self.counts[name][1] for name in self.args.hierarchies
+        )
+        equal, compared = self.counts["transformers"]
+        return hierarchies or equal + len(self.ties) < compared
+
+
+# ------------------------------------------------------------------ bits
+
+
+def compare_bits(lm: LM, texts: Sequence[list[int]], rows: int, seed: int = 0) -> dict[str, Any]:
+    """Counts the bits in which logits of passes of any width differ from those of single rows."""
+    draw, model = random.Random(seed), lm.model
+    boundaries = [*lm.hierarchy("hispec").exit_layers, model.config.num_layers]
+    found = {"positions": 0, "longest": 0, "passes": 0, "rows_that_differ": 0}
+    found |= {"bits_that_differ": 0, "argmax_that_differ": 0}
+    with torch.inference_mode():
+        for text in texts:
+            alone = model.new_cache(boundaries[-1:])
+            company = model.new_cache(boundaries)
+            model.prefill(alone, text[:WARM])
+            model.prefill(company, text[:WARM])
+            at = min(WARM, len(text))
+            while at < len(text) and found["positions"] < rows:
+                end = min(len(text), at + draw.randint(1, MAX_WIDTH))
+                for boundary in boundaries:  # each level may come in passes of its own
+                    while company.computed[boundary] < end:
+                        upto = draw.randint(company.computed[boundary] + 1, end)
+                        model.advance(company, text, upto, boundary)
+                        found["passes"] += 1
+                theirs = model.logits(company.states[boundaries[-1]][at:end])
+                for place in range(at, end):
+                    model.advance(alone, text, place + 1, boundaries[-1])
+                    state = alone.states[boundaries[-1]][place : place + 1]
+                    ours, other = model.logits(state)[0], theirs[place - at]
+                    bits = differing_bits(ours, other)
+                    found["rows_that_differ"] += bits > 0
+                    found["bits_that_differ"] += bits
+                    found["argmax_that_differ"] += int(ours.argmax() != other.argmax())
+                found["positions"] += end - at
+                found["longest"] = max(found["longest"], end)
+                at = end
+    return found
+
+
+def differing_bits(a: torch.Tensor, b: torch.Tensor) -> int:
+    """How many bits two rows differ in; 0 means equal, and equal zeros of both signs are not."""
+    size = {2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
+    differing = (a.view(size) ^ b.view(size)).long()
+    differing = differing[differing != 0]
+    return sum(bin(int(x) & (1 << 8 * a.dtype.itemsize) - 1).count("1") for x in differing)
+
+
+def long_texts(pieces: Sequence[list[int]], length: int, positions: int) -> list[list[int]]:
+    """Cuts the pieces, one behind the other, into texts of ``length`` tokens, enough for the rows.
+
+    Where there are too few pieces they are taken again, in another order.
+    """
+    wanted = -(-positions // (length - WARM))
+    texts: list[list[int]] = []
+    text: list[int] = []
+    draw = random.Random(1)
+    while len(texts) < wanted:
+        for piece in draw.sample(pieces, len(pieces)):
+            text += piece
+            if len(text) >= length:
+                texts.append(text[:length])
+                text = []
+    return texts[:wanted]
+
+
+# ------------------------------------------------------------------ the whole
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    args = parse(arguments)
+    prompts = load_prompts(args.prompts, args.limit).prompts
+    kept = Kept(args.cache)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    failed = False
+    with args.out.open("w") as out:
+
+        def write(row: dict[str, Any]) -> None:
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+
+        for dtype in args.dtypes:
+            lm = hispec.load(args.model, exits=args.exits, dtype=dtype)
+            write({"kind": "provenance", **collect(lm), "settings": settings_of(args)})
+            print(f"{dtype} on {cpu_name()}, {torch.get_num_threads()} threads")
+            failed |= check(lm, dtype, prompts, args, kept, write)
+    print(f"rows are in {args.out}")
+    return int(failed)
+
+
+def check(
+    lm: LM,
+    dtype: str,
+    prompts: Sequence[Prompt],
+    args: argparse.Namespace,
+    kept: Kept,
+    write: Callable[[dict[str, Any]], None],
+) -> bool:
+    """Writes and prints one dtype's results; returns whether anything differs."""
+    tokens, pieces, started = Tokens(lm, dtype, args, kept), [], time.perf_counter()
+    room = lm.model.config.max_positions - args.max_new_tokens
+    for prompt in prompts:
+        ids = list(prompt.ids) or lm.encode(prompt.chat(0, ()))
+        pieces.append(ids)
+        if len(ids) >= room:
+            print(f"  {prompt.id}: left out, its {len(ids)} tokens do not fit into the context")
+            continue
+        write(tokens.prompt(prompt, ids))
+        if sys.stderr.isatty():
+            print(f"\r{len(pieces)} of {len(prompts)}", end="", file=sys.stderr, flush=True)
+    for name, (equal, compared) in tokens.counts.items():
+        if compared:
+            ties = f", {len(tokens.ties)} part at a tie" if name == "transformers" else ""
+            print(f"  {name}: {equal} of {compared} texts equal plain decoding's{ties}")
+    summary = {"kind": "summary", "dtype": dtype, "counts": tokens.counts, "ties": tokens.ties}
+    write({**summary, "took_s": round(time.perf_counter() - started, 1)})
+    if not args.positions:
+        return tokens.failed()
+    started = time.perf_counter()
+    length = min(args.context, lm.model.config.max_positions)
+    found = compare_bits(lm, long_texts(pieces, length, args.positions), args.positions)
+    took = round(time.perf_counter() - started, 1)
+    write({"kind": "bits", "dtype": dtype, **found, "took_s": took})
+    print(
+        f"  bits: {found['bits_that_differ']} differ in {found['rows_that_differ']} of "
+        f"{found['positions']} rows of logits (contexts to {found['longest']} tokens)"
+    )
+    return tokens.failed() or found["rows_that_differ"] > 0
+
+
+def settings_of(args: argparse.Namespace) -> dict[str, Any]:
+    return {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = lambda text: [name for name in text.split(",") if name]  # noqa: E731
+    parser.add_argument("--prompts", default="builtin", help="JSONL file or preset (builtin)")
+    parser.add_argument(
+        "--limit", type=int, default=60, help="prompts, evenly over categories (60)"
+    )
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--exits", help="folder of trained exits")
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--dtypes", type=names, default=["bf16", "fp32"], help="bf16,fp32")
+    parser.add_argument("--hierarchies", type=names, default=["layerskip", "hispec", "late"])
+    parser.add_argument("--hf", action="store_true", help="compare with transformers in fp32, too")
+    parser.add_argument(
+        "--positions", type=int, default=2400, help="rows of logits; 0: none (2400)"
+    )
+    parser.add_argument("--context", type=int, default=1500, help="length of the long texts (1500)")
+    parser.add_argument("--cache", type=Path, default=cache_dir() / "identity.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results" / "identity.jsonl")
+    args = parser.parse_args(arguments)
+    if args.positions and args.context <= WARM:
+        parser.error(f"--context must be above {WARM}")
+    return args
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except hispec.HispecError as error:
+        print(f"check_identity: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

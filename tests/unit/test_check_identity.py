@@ -1,0 +1,95 @@
+"""The identity check on a tiny model: it passes, it can fail, and what it keeps is not trusted."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.lms import save_model
+
+from hispec.model.cache import Cache
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location(
+        "check_identity", ROOT / "scripts" / "check_identity.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(script, tmp_path: Path):
+    """Runs the check with two prompts; returns its exit code and the rows it wrote."""
+    save_model(tmp_path / "model", "gqa")
+    prompts = [{"id": i, "category": "abc"[i], "prompt": "the " * (i + 1)} for i in range(3)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+
+    def check(*options: str) -> tuple[int, list[dict]]:
+        places = {"model": "model", "prompts": "prompts.jsonl", "cache": "kept.json"}
+        arguments = [f"--{name}={tmp_path / place}" for name, place in places.items()]
+        arguments += [f"--out={tmp_path / 'out.jsonl'}", "--limit=2", "--max-new-tokens=12"]
+        code = script.main([*arguments, "--positions=40", "--context=330", *options])
+        rows = (tmp_path / "out.jsonl").read_text().splitlines()
+        return code, [json.loads(row) for row in rows]
+
+    return check
+
+
+def test_all_the_same(run, capsys: pytest.CaptureFixture[str]) -> None:
+    code, rows = run("--hf")
+    assert code == 0
+    kinds = ["provenance", "tokens", "tokens", "summary", "bits"]
+    assert [row["kind"] for row in rows] == kinds * 2
+    assert [row["dtype"] for row in rows if row["kind"] == "summary"] == ["bf16", "fp32"]
+    assert {row["category"] for row in rows if row["kind"] == "tokens"} == {"a", "b"}
+    fp32 = rows[8]["counts"]
+    assert fp32 == {name: [2, 2] for name in ("layerskip", "hispec", "late", "transformers")}
+    assert rows[9]["positions"] >= 40
+    assert rows[9]["rows_that_differ"] == 0
+    assert rows[0]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    assert "late: 2 of 2 texts equal plain decoding's" in printed
+
+
+def test_a_bug_is_found(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Cache, "truncate", lambda self, length: None)
+    code, rows = run("--dtypes", "fp32", "--positions", "0")
+    assert code == 1
+    assert min(row["late"]["first_difference"] for row in rows if row["kind"] == "tokens") < 12
+
+
+def test_kept_ids_are_run_anew_where_a_hierarchy_differs(
+    run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--dtypes", "fp32", "--positions", "0", "--hierarchies", "late")
+    assert run(*options)[0] == 0
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert len(kept) == 2
+    spoilt = {key: [*ids[:-1], (ids[-1] + 1) % 256] for key, ids in kept.items()}
+    (tmp_path / "kept.json").write_text(json.dumps(spoilt))
+    capsys.readouterr()
+    assert run(*options)[0] == 0
+    assert "plain decoding itself has changed" in capsys.readouterr().out
+    assert json.loads((tmp_path / "kept.json").read_text()) == kept
+
+
+def test_bits_are_counted(script) -> None:
+    a = torch.tensor([1.0, 0.0, 2.0])
+    assert script.differing_bits(a, a.clone()) == 0
+    assert script.differing_bits(a, torch.tensor([1.0, -0.0, 2.0])) == 1
+    other = torch.tensor([1.0, 0.0, 2.0]).nextafter(torch.tensor([9.0, 0.0, 9.0]))
+    assert script.differing_bits(a, other) == 2
+    assert script.differing_bits(a.bfloat16(), -a.bfloat16()) == 3
+
+
+def test_long_texts_are_long_and_many_enough(script) -> None:
+    texts = script.long_texts([[1] * 100, [2] * 250], 400, 250)
+    assert [len(text) for text in texts] == [400] * 3  # 100 rows of each behind the first 300
