@@ -13,7 +13,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,27 @@ class RunFolder:
         if not (path / "run.json").is_file():
             raise UsageError(f"{path} holds no run: it has no run.json.")
         return RunFolder(path, _document(path))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside, no other process adds rows.
+
+        Raises:
+            UsageError: one does already.
+        """
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(
+                f"another process is working on {self.path}. Wait for it, or give another --out."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
 
     @property
     def settings(self) -> dict[str, Any]:

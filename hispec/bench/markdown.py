@@ -28,6 +28,7 @@ def render(document: Document) -> str:
 def conditions(document: Document) -> str:
     """Returns what the numbers were measured on, in a few lines."""
     made, asked = document["provenance"], document["settings"]
+    held = max((entry["memory_bytes"] for entry in document["methods"].values()), default=0)
     place = made.get("gpu") or made["cpu"]
     drift = document["drift"]
     lines = [
@@ -36,7 +37,8 @@ def conditions(document: Document) -> str:
         f"transformers {made['transformers']}, hispec {made['hispec']} "
         f"({made['commit'] or 'no commit'}), {made['date'][:10]}.",
         f"Memory: weights {made['weight_bytes'] / 1e6:,.0f} MB, "
-        f"{made['kv_bytes_per_token'] / 1e3:.1f} kB of KV a token; this machine reads "
+        f"{made['kv_bytes_per_token'] / 1e3:.1f} kB of KV a token, up to {held / 1e6:,.0f} MB in "
+        f"use with every method's model loaded; this machine reads "
         f"{made['read_gb_per_s']:.1f} GB/s. Narrow passes: {made['passes']}"
         + (f" ({made['why_not_compiled']})." if made["why_not_compiled"] else "."),
         f"{document['answers']} answers to {asked['prompts']} ({asked['number_of_prompts']} "

@@ -108,12 +108,13 @@ def execute(plan: Any, out: Path, bench: Any, methods: Any) -> RunFolder:
 
     folder = RunFolder.create(out, plan.settings(bench.lm, methods), collect(bench.lm))
     print(f"The run's folder: {folder.path}", file=sys.stderr)
-    run = Run(plan, folder, bench, methods)
-    if not folder.document.get("notes"):
-        some = run.encode(plan.prompts.prompts[0], 0, [])[:_TEXT_ENOUGH]
-        explain_early_exit(bench.lm, methods, some)
-        folder.note({method.name: method.note for method in methods})
-    run()
+    with folder.held():
+        run = Run(plan, folder, bench, methods)
+        if not folder.document.get("notes"):
+            some = run.encode(plan.prompts.prompts[0], 0, [])[:_TEXT_ENOUGH]
+            explain_early_exit(bench.lm, methods, some)
+            folder.note({method.name: method.note for method in methods})
+        run()
     return folder
 
 

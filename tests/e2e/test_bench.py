@@ -59,7 +59,7 @@ def test_all_methods_side_by_side(bench: Any, tmp_path: Path) -> None:
     assert document["provenance"]["model"]
     assert TABLE in out
     folder = tmp_path / "run"
-    assert {path.name for path in folder.iterdir()} == {
+    assert {path.name for path in folder.iterdir()} - {".lock"} == {
         *("run.json", "rows.jsonl", "report.md", "report.html", "report.json"),
     }
     assert str(folder / "report.html") in err

@@ -71,6 +71,18 @@ def test_another_runs_folder_is_refused(tmp_path: Path) -> None:
         create(tmp_path / "file")
 
 
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    first, second = create(tmp_path / "run"), create(tmp_path / "run")
+    with (
+        first.held(),
+        pytest.raises(UsageError, match="another process is working on"),
+        second.held(),
+    ):
+        pass
+    with second.held():  # the first has let go
+        pass
+
+
 def test_damage_is_one_sentence(tmp_path: Path) -> None:
     folder = create(tmp_path / "run")
     folder.append(block("a"))
