@@ -61,8 +61,8 @@ def _model_report(args: argparse.Namespace) -> int:
         f"{config.num_kv_heads}, vocabulary {config.vocab_size}, context {config.max_positions}",
     )
     weights = model.weight_bytes()
-    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim
-    per_token = (per_token + config.hidden_size) * model.dtype.itemsize
+    per_token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
+    per_token += config.hidden_size * model.narrow.state_dtype.itemsize
     _row(
         "memory",
         f"{weights / 2**20:.0f} MiB weights + {per_token / 2**10:.1f} KiB a token of context "

@@ -135,6 +135,8 @@ def _compile(compiler: str, path: Path) -> None:
             if done.returncode:
                 first = (done.stderr.strip().splitlines() or ["no message"])[0]
                 raise BuildError(f"{compiler} failed: {first}")
+            with open(built, "rb") as file:
+                os.fsync(file.fileno())  # a torn library would end the process that loads it
             os.replace(built, path)  # two processes may build at once: both end with a whole file
     except OSError as error:
         raise BuildError(f"cannot build in {path.parent}: {error.strerror}") from None
