@@ -28,7 +28,10 @@ COMMANDS = {
     "generate": ("answer a prompt", "hispec.commands.generate"),
     "chat": ("talk to the model", "hispec.commands.chat"),
     "bench": ("compare methods on prompts", "hispec.commands.bench"),
-    "bench report": ("rebuild a benchmark's report or compare runs", "hispec.commands.bench_report"),
+    "bench report": (
+        "rebuild a benchmark's report or compare runs",
+        "hispec.commands.bench_report",
+    ),
     "bench sweep": ("find the best exits and windows", "hispec.commands.bench_sweep"),
     "distill": ("let the model continue prompts: training data", "hispec_training.distill"),
     "train": ("add exits to a model", "hispec_training.trainer"),
