@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the LayerSkip-style variant of smollm2-135m: LoRA on the backbone, shared norm and head at
-# layers 4 and 8.
+# layer 8.
 #
 #   scripts/train_smollm2_layerskip.sh DATA TEXT OUT [hispec train options]
 #
@@ -16,7 +16,7 @@ ensure_env test # with the training libraries
 data=$1 text=$2 out=$3
 shift 3
 
-exec "$VENV/bin/hispec" train --mode lora --model smollm2-135m --exits 4,8 --resume \
+exec "$VENV/bin/hispec" train --mode lora --model smollm2-135m --exits 8 --resume \
   --data "$data/train.jsonl" --held-out "$data/heldout.jsonl" --max-length 768 \
   --rank 64 --deep-rank 8 --batch-tokens 2048 --keep-every 3 --steps 900 --lr 0.0015 \
   --perplexity "$text" --out "$out" "$@"
