@@ -212,13 +212,16 @@ class Batch:
 
     @property
     def rows(self) -> int:
+        """All of them, free ones too."""
         return len(self.request)
 
     @property
     def num_active(self) -> int:
+        """Rows with a text."""
         return self.rows - self.request.count(-1)
 
     def active_rows(self) -> list[int]:
+        """The rows with a text, ascending."""
         return [row for row, index in enumerate(self.request) if index >= 0]
 
     def free_rows(self) -> list[int]:
@@ -230,7 +233,11 @@ class Batch:
         raise NotImplementedError
 
     def step(self) -> Tensor:
-        """Runs the last token of every row; returns final states, (rows, D), rubbish in free rows."""
+        """Runs the last token of every row.
+
+        Returns:
+            (rows, D) final states; rubbish in free rows.
+        """
         raise NotImplementedError
 
     def logits(self, h: Tensor) -> Tensor:
@@ -280,7 +287,7 @@ class Batch:
 
 
 class TrunkBatch(Batch):
-    """The rows in flight, run by a trunk in groups that share a cache. Free rows are computed along.
+    """The rows in flight, run by a trunk in groups that share a cache; free rows run along.
 
     Args:
         trunk: The model.
