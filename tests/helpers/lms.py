@@ -75,6 +75,7 @@ class HeadKind:
     affine: bool = False
     block: bool = False
     deep: bool = False
+    feature: bool = False
     reduced: bool = False
 
 
@@ -83,7 +84,7 @@ HEAD_KINDS = {
     "affine reduced": HeadKind(affine=True, reduced=True),
     "block": HeadKind(affine=True, block=True),
     "deep reduced": HeadKind(block=True, deep=True, reduced=True),
-    "deep": HeadKind(affine=True, block=True, deep=True),
+    "deep": HeadKind(affine=True, block=True, deep=True, feature=True),
 }
 
 
@@ -195,6 +196,9 @@ def save_exits(
                 "block.context_k_proj.weight": noise(keys, width),
                 "block.context_v_proj.weight": noise(keys, width),
             }
+        if kind.feature:
+            tensors["feature_layernorm.weight"] = 1 + noise(width)
+            tensors["feature_proj.weight"] = noise(width, width, std=0.01)
         save_file(tensors, folder / f"exit_{exit_layer}.safetensors")
     record = {
         "format": FORMAT,

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from helpers.laws import random_prompt
 from helpers.lms import chain
 
-from hispec.hierarchy import Hierarchy
 from hispec.sampling import Sampling
 
 
@@ -52,13 +50,12 @@ def test_the_prompt_in_two_parts_gives_the_same_noise(zoo) -> None:
     assert rest == whole[12:]
 
 
-@pytest.mark.parametrize("hierarchy", [Hierarchy(), chain((1, 2))])
-def test_frequencies_match_the_softmax(zoo, hierarchy) -> None:
-    """Chi-square of the first two tokens over 3,000 seeds; false alarm in 10⁶ runs: at most 2.
+def test_frequencies_match_the_softmax(zoo) -> None:
+    """Chi-square of the first token over 3,000 seeds and of the second: false alarms 2 in 10⁶ runs.
 
-    The second token is conditional on the first; it is tested for the most frequent first one.
+    The second is conditional on the first; it is tested behind the most frequent first one.
     """
-    lm, temperature = zoo("gqa"), 0.5
+    lm, temperature, hierarchy = zoo("gqa"), 0.5, chain((1, 2))
     prompt, runs = random_prompt(5, 12), 3000
     firsts, seconds = [], []
     model = lm.model
@@ -69,7 +66,7 @@ def test_frequencies_match_the_softmax(zoo, hierarchy) -> None:
         tokens = [Sampling(temperature, seed).pick(logits, 12)[0] for seed in range(runs)]
         check_frequencies(tokens, logits[0], temperature)
     common = max(set(tokens), key=tokens.count)
-    for seed in [seed for seed in range(runs) if tokens[seed] == common][:400]:
+    for seed in [seed for seed in range(runs) if tokens[seed] == common][:300]:
         ids = lm.generate(
             prompt, hierarchy=hierarchy, max_new_tokens=3, sampling=Sampling(temperature, seed)
         ).token_ids

@@ -18,7 +18,7 @@ from hispec.generation import LM
 from hispec.model.passes import MAX_WIDTH
 
 KINDS = ("torch fp32", "torch bf16", "compiled fp32", "compiled bf16", "avx2 fp32", "avx2 bf16")
-LENGTH = 560  # beyond two attention buckets
+LENGTH = 300  # beyond an attention bucket
 
 
 def states_and_cache(lm: LM, tokens: list[int], cuts: list[int], widths) -> tuple[Tensor, list]:
