@@ -2,6 +2,7 @@ import pytest
 import torch
 from hispec_training.batches import collate, fixed_roots
 from hispec_training.heads import ExitHead, HeadSpec, Norm, attend, frequent_tokens
+from hispec_training.least_squares import _rows, scale_inputs, start_from_least_squares
 from training.exit_setup import make_cache, make_exits
 
 from hispec.errors import UsageError
@@ -123,3 +124,60 @@ def test_vocabulary_is_ranked_by_frequency():
 def test_impossible_heads_are_refused(checkpoint, spec, message):
     with pytest.raises(UsageError, match=message):
         ExitHead(spec, checkpoint.config)
+
+
+@torch.no_grad()
+def test_each_distance_from_the_root_has_its_map(checkpoint):
+    head = ExitHead(HeadSpec(1, feature_maps=3), checkpoint.config)
+    maps = head.feature_proj.weight.chunk(3)
+    last, offsets = torch.randn(2, 6, maps[0].shape[1]), torch.tensor([[0, 1, 2, 3, 4, 0]] * 2)
+    found = head._feature(last, offsets)
+    for i, which in enumerate([0, 1, 2, 2, 2, 0]):
+        torch.testing.assert_close(found[:, i], last[:, i] @ maps[which].T)
+
+
+@torch.no_grad()
+def test_least_squares_start_is_the_best_linear_guess(checkpoint, tmp_path):
+    """Against a dense solve over all inputs, other offsets' columns zero."""
+    cache = make_cache(tmp_path, checkpoint, count=80)
+    exits = make_exits(checkpoint, cache, feature_maps=3, vocab_size=0)
+    start_from_least_squares(exits, cache, max_round=4)
+    head = exits.heads["2"]
+    size = checkpoint.config.hidden_size
+    xs, ys = [], []
+    for i in range(len(cache)):
+        x, y, offsets = _rows(head, cache[i], 2, 0, i, 4)
+        wide = torch.zeros(len(x), 4 * size + 1)
+        wide[:, : size + 1] = x[:, : size + 1]
+        for row, j in enumerate(offsets.clamp_max(2).tolist()):
+            wide[row, size + 1 + j * size :][:size] = x[row, size + 1 :]
+        xs.append(wide)
+        ys.append(y)
+    x, y = torch.cat(xs).double(), torch.cat(ys).double()
+    squares = x.T @ x
+    squares.diagonal().add_(1e-4 * squares.diagonal() + 1e-6 * len(x) + 1e-9)
+    want = torch.linalg.solve(squares, x.T @ y).float()
+    got = torch.cat(
+        [
+            head.proj.weight.T / head.input_scale[:, None],
+            head.proj.bias[None],
+            *(m.T for m in head.feature_proj.weight.chunk(3)),
+        ]
+    )
+    torch.testing.assert_close(x.float() @ got, x.float() @ want, rtol=1e-3, atol=1e-3)
+    assert not head.block.mlp.down_proj.weight.any()
+
+
+@torch.no_grad()
+def test_scaled_inputs_change_nothing_but_the_scale(checkpoint, tmp_path):
+    cache = make_cache(tmp_path, checkpoint)
+    exits = randomize(make_exits(checkpoint, cache))
+    texts = [cache[i] for i in range(4)]
+    batch = collate(texts, [fixed_roots(t.first, len(t.pick), 3, 0) for t in texts], exits.layers)
+    before = exits.normed(batch, 2)
+    head = exits.heads["2"]
+    scale_inputs(head, cache, 2)
+    torch.testing.assert_close(exits.normed(batch, 2), before, rtol=1e-3, atol=1e-3)
+    states = torch.cat([cache[i].states[2][1:] for i in range(len(cache))]).float()
+    sizes = (states / head.input_scale).square().mean(0).sqrt()
+    assert (sizes > 0.8).all() and (sizes < 1.2).all()

@@ -88,6 +88,7 @@ class TrainedExits(nn.Module):
                     "kind": spec.kind,
                     "context": spec.context,
                     "feature": spec.feature,
+                    "feature_maps": spec.feature_maps,
                     "vocab_size": len(rows[e]),
                     "acceptance": dict((acceptance or {}).get(e, {})),
                 }
@@ -111,7 +112,10 @@ class TrainedExits(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, head in self.heads.items():
-            tensors = {n: p.detach().cpu().bfloat16() for n, p in head.state_dict().items()}
+            tensors = {n: p.detach().cpu() for n, p in head.state_dict().items()}
+            if (scale := tensors.pop("input_scale", None)) is not None:
+                tensors["proj.weight"] = tensors["proj.weight"] / scale
+            tensors = {n: x.bfloat16() for n, x in tensors.items()}
             ids = self.vocab_ids.get(int(name))
             if ids is not None:
                 tensors["vocab_ids"] = ids.cpu().int()
@@ -147,13 +151,20 @@ class TrainedExits(nn.Module):
         for entry in record.record["exits"]:
             e = int(entry["exit_layer"])
             spec = HeadSpec(
-                e, entry["kind"], entry["context"], entry.get("feature", False), entry["vocab_size"]
+                e,
+                entry["kind"],
+                entry["context"],
+                entry.get("feature", False),
+                entry["vocab_size"],
+                feature_maps=entry.get("feature_maps", 1),
             )
             head = ExitHead(spec, checkpoint.config)
             file = path / f"exit_{e}.safetensors"
             try:
                 tensors = load_file(file)
                 ids = tensors.pop("vocab_ids", None)
+                if "proj.weight" in tensors:
+                    tensors["input_scale"] = torch.ones_like(head.input_scale)
                 head.load_state_dict({n: x.float() for n, x in tensors.items()})
             except Exception as error:  # safetensors and torch raise kinds of their own
                 raise CheckpointError(

@@ -1,6 +1,6 @@
 """Exit heads: what turns an exit's hidden state into a guess at the target's pick.
 
-    x(t)   = proj h_e(t) [+ feature_proj rms(h_L(root - 1))]   h_e after layers[0:e], before norms
+    x(t)   = proj h_e(t) [+ F_{t - root} rms(h_L(root - 1))]   h_e after layers[0:e], before norms
     x      = block(x)                                         one Llama layer of its own, optional
     logits = rms(x, norm) @ lm_head[vocab_ids].T              the model's own head, never trained
 
@@ -13,7 +13,9 @@ root and the tokens drafted after it have nothing but h_e. So at p < root the bl
 (values alike), and from the root on they are the usual ones of x: a shallow exit reads what the
 full model made of the text. Added, not replaced: with context projections that start at zero the
 head starts as one without deep context, where replaced ones unlearn the block first (0.197
-against 0.224 after 120 steps). A training pass draws random roots, so that all distances from the
+against 0.224 after 120 steps). What h_L(root - 1) adds to x depends on how far the root is, so the
+first few distances have maps of their own: with least-squares maps alone they are worth 0.027 of
+agreement right after the root. A training pass draws random roots, so that all distances from the
 root are met.
 
 Only the head's own tensors are parameters; the backbone is read, never touched. The names of the
@@ -49,6 +51,8 @@ class HeadSpec:
             ``affine`` (a linear map before them) or ``block`` (that and one Llama layer).
         context: ``deep`` if the block's keys and values before the root come from h_L.
         feature: Whether a map of h_L(root - 1) is added to x.
+        feature_maps: How many distances from the root have a map of their own; the last serves
+            all farther ones.
         vocab_size: Rows of the head, the most frequent ones; 0 stands for all.
         start_layer: The backbone layer whose weights the block starts from; -1 the last.
     """
@@ -59,6 +63,7 @@ class HeadSpec:
     feature: bool = True
     vocab_size: int = 0
     start_layer: int = -1
+    feature_maps: int = 4
 
     def check(self, num_layers: int) -> None:
         """Raises UsageError if a model of ``num_layers`` cannot carry this head."""
@@ -226,10 +231,14 @@ class ExitHead(nn.Module):
         width = config.hidden_size
         if spec.kind != "shared":
             self.proj = nn.Linear(width, width)
+            # A few dimensions of a residual stream are fifty times as large as the others. Adam's
+            # steps are alike for all weights, so without this it is those few it learns from.
+            self.register_buffer("input_scale", torch.ones(width))
         if spec.feature:
             self.feature_layernorm = Norm(torch.ones(width), config.rms_norm_eps)
-            self.feature_proj = nn.Linear(width, width, bias=False)
+            self.feature_proj = nn.Linear(width, spec.feature_maps * width, bias=False)
         self.block = ExitBlock(config, spec.context) if spec.kind == "block" else None
+        self.dropout = 0.0  # of final states, while training; not part of what a head is
         self.norm = Norm(torch.ones(width), config.rms_norm_eps)
         frequencies, self.rope_scale = rope_frequencies(config)
         self.register_buffer("frequencies", frequencies, persistent=False)
@@ -252,6 +261,12 @@ class ExitHead(nn.Module):
                 parameter.copy_(checkpoint.tensor(f"model.layers.{layer}.{name}"))
         return self
 
+    @torch.no_grad()
+    def set_input_scale(self, scale: Tensor) -> None:
+        """The projection reads states divided by ``scale`` (D,) and still computes what it did."""
+        self.proj.weight.mul_(scale / self.input_scale)
+        self.input_scale.copy_(scale)
+
     def forward(
         self, states: Tensor, deep: Tensor | None, positions: Tensor, roots: Tensor
     ) -> Tensor:
@@ -273,6 +288,7 @@ class ExitHead(nn.Module):
             deep = None if deep is None else deep.to(states.dtype)
         if spec.kind == "shared":
             return self.norm(gather(states, positions))
+        states = states / self.input_scale.to(states.dtype)
         if self.block is None:
             x = self.proj(gather(states, positions))  # (B, Q, D)
         else:
@@ -280,12 +296,27 @@ class ExitHead(nn.Module):
             x = gather(source, positions)
         if spec.feature:
             assert deep is not None
-            last = gather(deep, (roots - 1).clamp_min(0))
-            x = x + self.feature_proj(self.feature_layernorm(last))
+            last = self.feature_layernorm(gather(deep, (roots - 1).clamp_min(0)))
+            last = F.dropout(last, self.dropout, self.training)
+            x = x + self._feature(last, positions - roots)
         if self.block is not None:
             deep = deep if spec.context == "deep" else None
+            if deep is not None:
+                deep = F.dropout(deep, self.dropout, self.training)
             x = self.block(x, source, deep, positions, roots, (self.frequencies, self.rope_scale))
         return self.norm(x)
+
+    def _feature(self, last: Tensor, offsets: Tensor) -> Tensor:
+        """(B, Q, D) normed states before the roots, each through its offset's map."""
+        maps = self.feature_proj.weight.chunk(self.spec.feature_maps)
+        which = offsets.clamp_max(len(maps) - 1)
+        if len(maps) == 1:
+            return F.linear(last, maps[0])
+        added = torch.zeros_like(last)
+        for j, weight in enumerate(maps):
+            rows = which == j
+            added[rows] = F.linear(last[rows], weight).to(added.dtype)
+        return added
 
 
 def gather(states: Tensor, positions: Tensor) -> Tensor:

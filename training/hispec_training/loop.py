@@ -54,6 +54,8 @@ class Recipe:
         warmup_steps: Linear rise; the fall to zero is a cosine over the rest.
         weight_decay: On matrices.
         soft: Weight of the target's distribution against its pick, in [0, 1].
+        dropout: Of the final states heads look at: they name a training text so exactly that heads
+            learn texts by heart (0.65 on texts seen three times, 0.28 on others).
         clip: Largest gradient norm of one head.
         max_round: Longest round drawn.
         seed: Of order and rounds.
@@ -70,6 +72,7 @@ class Recipe:
     warmup_steps: int = 50
     weight_decay: float = 0.01
     soft: float = 0.5
+    dropout: float = 0.0
     clip: float = 1.0
     max_round: int = MAX_ROUND
     seed: int = 0
@@ -140,6 +143,8 @@ class Trainer:
         self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
         self.on_step = on_step
         self.history = History()
+        for head in exits.heads.values():
+            head.dropout = recipe.dropout
         self.step = 0
         self.elapsed_s = 0.0
         self.best = -1.0
@@ -238,6 +243,8 @@ class Trainer:
         for number, (_, texts) in enumerate(parts):
             mine = texts[self.accelerator.process_index :: world]
             batch, weight = self._batch(mine or texts[:1]), float(bool(mine))
+            # What is dropped is a function of the step, so that a resumed run drops the same.
+            torch.manual_seed(step_seed(recipe.seed, self.step) + number)
             self.model.requires_gradient_sync = number == len(parts) - 1
             with torch.autocast(
                 self.accelerator.device.type, torch.bfloat16, enabled=recipe.autocast

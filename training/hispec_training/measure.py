@@ -22,7 +22,6 @@ from hispec.model.checkpoint import Checkpoint, open_checkpoint
 from hispec_training.evaluate import ROUND, Costs, evaluate, tokens_per_ms
 from hispec_training.exits import Exits
 from hispec_training.export import TrainedExits, load_into
-from hispec_training.heads import HeadSpec
 from hispec_training.shards import build_shards, read_examples
 from hispec_training.trunk import Trunk
 
@@ -77,12 +76,7 @@ def main(args: argparse.Namespace) -> int:
 
 def revive(saved: TrainedExits, checkpoint: Checkpoint) -> Exits:
     """Saved heads as they were under training, vocabulary included."""
-    specs = [
-        HeadSpec(
-            int(x["exit_layer"]), x["kind"], x["context"], x.get("feature", False), x["vocab_size"]
-        )
-        for x in saved.record["exits"]
-    ]
+    specs = [head.spec for head in saved.heads.values()]
     exits = Exits(specs, checkpoint, torch.zeros(checkpoint.config.vocab_size))
     load_into(exits, saved)
     for e, ids in saved.vocab_ids.items():

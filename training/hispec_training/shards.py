@@ -243,7 +243,8 @@ class ShardCache:
             self.lengths += lengths
             self.response_lengths += tensors["targets"].diff().tolist()
             self._where += [(number, i) for i in range(len(lengths))]
-            self._layers = sorted(int(n[6:]) for n in tensors if n.startswith("state_"))
+            found = {int(n[6:]) for n in tensors if n.startswith("state_")}
+            self._layers = sorted(found & set(self._layers) if number else found)
 
     def __len__(self) -> int:
         return len(self._where)

@@ -2,7 +2,7 @@
 
     data        the target's own answers; prompts without them are answered first (``distill``)
     cache       the frozen trunk runs over every text once, its states go to disk (``shards``)
-    heads       trained on the cache alone (``loop``)
+    heads       started by least squares, then trained on the cache alone (``loop``)
     folder      the exits, their acceptance on held-out texts, a report (``export``, ``report``)
 
 Each stage leaves files in ``OUT/work`` and is skipped by ``--resume`` where they are whole, so a
@@ -73,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
     steps.add_argument("--lr", type=float, default=1e-3, help="peak, after a warm-up")
     steps.add_argument("--soft", type=float, default=0.5, help="the distribution against the pick")
+    steps.add_argument("--dropout", type=float, default=0.1, help="of the final states heads see")
     steps.add_argument("--eval-every", type=int, default=250, help="steps")
     steps.add_argument("--save-every", type=int, default=250, help="steps")
     steps.add_argument("--report-to", choices=["none", "tensorboard", "wandb"], default="none")
@@ -103,7 +104,8 @@ def train_heads(args: argparse.Namespace) -> int:
     from hispec.model.checkpoint import open_checkpoint
     from hispec_training.exits import Exits
     from hispec_training.export import TrainedExits, load_into
-    from hispec_training.loop import Trainer
+    from hispec_training.least_squares import start_from_least_squares
+    from hispec_training.loop import CHECKPOINT, Trainer
     from hispec_training.report import Progress, write_report
 
     checkpoint = open_checkpoint(args.model)
@@ -123,6 +125,8 @@ def train_heads(args: argparse.Namespace) -> int:
         load_into(
             exits, TrainedExits.from_pretrained(args.start_from, checkpoint, force=args.force)
         )
+    elif not (args.resume and (work / CHECKPOINT).exists()):
+        start_from_least_squares(exits, cache, seed=args.seed)
     recipe = make_recipe(args, cache)
     if accelerator.is_main_process:
         _say(
@@ -246,6 +250,7 @@ def make_recipe(args: argparse.Namespace, cache: ShardCache) -> Recipe:
         lr=args.lr,
         warmup_steps=min(50, max(1, steps // 10)),
         soft=args.soft,
+        dropout=args.dropout,
         seed=args.seed,
         eval_every=args.eval_every,
         save_every=args.save_every,
@@ -348,6 +353,8 @@ def _check(args: argparse.Namespace) -> None:
             raise UsageError(f"--{name} must be above 0, got {getattr(args, name)}.")
     if not 0 <= args.soft <= 1:
         raise UsageError(f"--soft must lie in [0, 1], got {args.soft}.")
+    if not 0 <= args.dropout < 1:
+        raise UsageError(f"--dropout must lie in [0, 1), got {args.dropout}.")
     if args.head_vocab < 0:
         raise UsageError(f"--head-vocab must be 0 (all) or more, got {args.head_vocab}.")
     if args.out.exists() and not args.out.is_dir():
