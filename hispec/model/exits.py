@@ -14,10 +14,10 @@ it is next asked, on the positions that passed its exit without it.
 *Deep context.* Positions p before the root r have been through the whole model, so their final
 states h_L(p) are known, and with them what the target has concluded about the past. A block trained
 for it reads them twice: as keys and values, and as a feature of the last of them that every row
-receives.
+receives through the map of its distance from the root.
 
     k(p), v(p) = W_kv rms(proj u(p)) + C_kv rms(h_L(p))                           p < r
-    x(t) = proj u(t) + bias + F rms(h_L(r − 1))                                   t ≥ r
+    x(t) = proj u(t) + bias + F_j rms(h_L(r − 1))                      t ≥ r, j = min(t − r, K − 1)
 
 Heads only draft: nothing they compute reaches the output.
 """
@@ -162,7 +162,7 @@ class TrainedHead:
         end = cache.computed[self.exit_layer]
         self._receive(cache, root)
         if self.block is None:
-            x = self._enter(states[first:end])
+            x = self._enter(states[first:end], first)
         else:
             x = self._through_block(cache, states, first, end, root)
         return self.model.narrow.project(self.head, x, self.norm)
@@ -184,13 +184,17 @@ class TrainedHead:
         """Fetches the round's feature, once a root."""
         if self.feature is not None and self._feature_of[0] != root:
             deep = cache.states[self.model.config.num_layers][root - 1 : root]
-            row = self.model.narrow.project(self.feature, deep, self.feature_norm)  # (1, D)
-            self._feature_of = (root, row)
+            rows = self.model.narrow.project(self.feature, deep, self.feature_norm)  # (1, K D)
+            self._feature_of = (root, rows.view(-1, deep.shape[1]))
 
-    def _enter(self, u: Tensor) -> Tensor:
-        """The block's input at and after the root."""
+    def _enter(self, u: Tensor, position: int) -> Tensor:
+        """The block's input at ``position`` and after, none before the root."""
         x = self._project(u)
-        return x if self.feature is None else x + self._feature_of[1]
+        if self.feature is None:
+            return x
+        root, rows = self._feature_of
+        offsets = torch.arange(position - root, position - root + len(x), device=x.device)
+        return x + rows[offsets.clamp(0, len(rows) - 1)]
 
     def _through_block(
         self, cache: Cache, states: Tensor, first: int, end: int, root: int
@@ -217,7 +221,9 @@ class TrainedHead:
 
     def _run_block(self, u: Tensor, position: int) -> Tensor:
         assert self.block is not None and self.kv is not None
-        return self._passes(u.shape[0]).run([self.block], self._enter(u), position, self.kv, 0)
+        return self._passes(u.shape[0]).run(
+            [self.block], self._enter(u, position), position, self.kv, 0
+        )
 
     def _write_context(self, cache: Cache, start: int, end: int) -> None:
         """After the call keys and values at ``start`` … ``end - 1`` are those of final states."""
