@@ -198,7 +198,7 @@ def save_exits(
             }
         if kind.feature:
             tensors["feature_layernorm.weight"] = 1 + noise(width)
-            tensors["feature_proj.weight"] = noise(width, width, std=0.01)
+            tensors["feature_proj.weight"] = noise(3 * width, width, std=0.01)  # 3 distances
         save_file(tensors, folder / f"exit_{exit_layer}.safetensors")
     record = {
         "format": FORMAT,
