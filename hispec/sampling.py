@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from hispec_kernels import gumbel
 from torch import Tensor
 
 from hispec.errors import UsageError
+from hispec_kernels import gumbel
 
 
 @dataclass(frozen=True)

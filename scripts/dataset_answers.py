@@ -60,7 +60,11 @@ def main() -> None:
     for row in made:
         prompt, response = len(row["prompt_ids"]), len(row["response_ids"])
         # long prompts cost the trunk most and teach the heads least: keep one in seven
-        if response >= 24 and (prompt <= 140 or random.random() < 0.15) and prompt + response <= 700:
+        if (
+            response >= 24
+            and (prompt <= 140 or random.random() < 0.15)
+            and prompt + response <= 700
+        ):
             kept.append({**row, "response_ids": row["response_ids"][:300]})
     text = "".join(json.dumps(row) + "\n" for row in kept[: args.limit])
     args.out.write_text(text, encoding="utf-8")

@@ -80,7 +80,7 @@ class ModelConfig:
                 num_kv_heads=int(raw.get("num_key_value_heads") or heads),
                 head_dim=int(raw.get("head_dim") or hidden // heads),
                 rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-                max_positions=int(raw.get("max_position_embeddings", 2048)),
+                max_positions=_context(raw, rope),
                 tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
                 attention_bias=bool(raw.get("attention_bias", False)),
                 mlp_bias=bool(raw.get("mlp_bias", False)),
@@ -119,6 +119,21 @@ def token_ids(value: Any) -> tuple[int, ...]:
     if any(isinstance(token, bool) or not isinstance(token, int) for token in ids):
         raise TypeError(f"{value!r} is not a token id")
     return tuple(ids)
+
+
+def _context(raw: Mapping[str, Any], rope: Mapping[str, Any]) -> int:
+    """The longest context, in tokens.
+
+    longrope has one set of frequencies up to its original length and another beyond; a cache of
+    rotated keys cannot switch, so the original length is where we stop.
+    """
+    longest = int(raw.get("max_position_embeddings", 2048))
+    if rope["rope_type"] != "longrope":
+        return longest
+    original = rope.get("original_max_position_embeddings") or raw.get(
+        "original_max_position_embeddings"
+    )
+    return min(longest, int(original)) if original else longest
 
 
 def rope_frequencies(config: ModelConfig) -> tuple[Tensor, float]:

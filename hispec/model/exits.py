@@ -31,7 +31,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from hispec_kernels import rms_norm
 from torch import Tensor
 
 from hispec.errors import CheckpointError, UsageError
@@ -43,6 +42,7 @@ from hispec.model.linear import Linear
 from hispec.model.llama import PREFILL_CHUNK, Llama
 from hispec.model.passes import MAX_WIDTH, Passes
 from hispec.model.tensorfile import TensorFile
+from hispec_kernels import rms_norm
 
 FORMAT = "hispec-exits"
 

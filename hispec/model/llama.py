@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from hispec_kernels.attention import BUCKET
 from torch import Tensor
 
 from hispec.model.block import Block, read_block
@@ -28,6 +27,7 @@ from hispec.model.config import ModelConfig
 from hispec.model.linear import Layout, Linear, onednn_available
 from hispec.model.native import NativePasses, native_library
 from hispec.model.passes import MAX_WIDTH, Passes, Rotary, TorchPasses
+from hispec_kernels.attention import BUCKET
 
 #: Tokens a prefill pass takes, at absolute positions, whatever the hierarchy.
 PREFILL_CHUNK = 256

@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Sequence
 
 import torch
-from hispec_kernels import cpu
 from torch import Tensor
 
 from hispec.model.block import Block
@@ -24,6 +23,7 @@ from hispec.model.config import ModelConfig
 from hispec.model.linear import Linear
 from hispec.model.passes import Rotary
 from hispec.model.store import cache_dir
+from hispec_kernels import cpu
 
 
 def native_library(

@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from hispec_kernels import decode_attention, rms_norm, rope_write, rotate, swiglu
-from hispec_kernels.attention import BUCKET, ROWS
 from torch import Tensor
 
 from hispec.model.block import Block
 from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig, rope_frequencies
 from hispec.model.linear import Linear
+from hispec_kernels import decode_attention, rms_norm, rope_write, rotate, swiglu
+from hispec_kernels.attention import BUCKET, ROWS
 
 #: The widest pass of a round: the root and the tokens drafted after it.
 MAX_WIDTH = 32

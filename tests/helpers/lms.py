@@ -19,7 +19,6 @@ from unittest import mock
 
 import pytest
 import torch
-from hispec_kernels import cpu
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -36,6 +35,7 @@ from hispec.model.numerics import find_min_width
 from hispec.model.passes import TorchPasses
 from hispec.model.store import cache_dir
 from hispec.sampling import Sampling
+from hispec_kernels import cpu
 
 #: Shapes of the family; ``quiet_from`` and ``loudness`` are ours, the rest is transformers' config.
 MODELS: dict[str, dict[str, Any]] = {

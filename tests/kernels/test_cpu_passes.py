@@ -18,7 +18,6 @@ from unittest import mock
 
 import pytest
 import torch
-from hispec_kernels import cpu
 from torch import Tensor
 
 from hispec.model.block import Block
@@ -28,6 +27,7 @@ from hispec.model.linear import Layout, Linear
 from hispec.model.native import NativePasses
 from hispec.model.passes import Rotary, TorchPasses
 from hispec.model.store import cache_dir
+from hispec_kernels import cpu
 
 CAPACITY = 384
 #: name → D, I, H, H_kv, D_h, biases

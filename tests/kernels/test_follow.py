@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 
 import torch
-from hispec_kernels import follow
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hispec.tree import Tree
 from hispec.tree import follow as follow_tree
+from hispec_kernels import follow
 
 
 @st.composite

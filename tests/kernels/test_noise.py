@@ -10,6 +10,7 @@ import math
 
 import pytest
 import torch
+
 from hispec_kernels import gumbel
 from hispec_kernels.noise import hash32
 

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from hispec_kernels import decode_attention, rms_norm, rope_write, rotate, swiglu
 from torch import Tensor
+
+from hispec_kernels import decode_attention, rms_norm, rope_write, rotate, swiglu
 
 #: dtype → relative tolerance: a few units in the last place of the largest term.
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}

@@ -11,11 +11,11 @@ import pytest
 import torch
 from helpers.laws import keys_and_values, random_prompt
 from helpers.lms import recording
-from hispec_kernels.attention import BUCKET, ROWS, decode_attention
 from torch import Tensor
 
 from hispec.generation import LM
 from hispec.model.passes import MAX_WIDTH
+from hispec_kernels.attention import BUCKET, ROWS, decode_attention
 
 KINDS = ("torch fp32", "torch bf16", "compiled fp32", "compiled bf16", "avx2 fp32", "avx2 bf16")
 LENGTH = 300  # beyond an attention bucket

@@ -6,12 +6,12 @@ import random
 from pathlib import Path
 
 import torch
+
+from hispec.model.checkpoint import Checkpoint
 from hispec_training.exits import Exits
 from hispec_training.heads import HeadSpec
 from hispec_training.shards import Example, ShardCache, build_shards
 from hispec_training.trunk import Trunk
-
-from hispec.model.checkpoint import Checkpoint
 
 EXITS = (1, 2)
 

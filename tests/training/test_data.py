@@ -3,6 +3,7 @@ import json
 
 import pytest
 from helpers.tiny_llama import byte_tokenizer
+
 from hispec_training.data import (
     DataError,
     Overlap,

@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from hispec.errors import HispecError, UsageError
+from hispec.model.checkpoint import open_checkpoint
 from hispec_training import distill
 from hispec_training.data import DataError
 from hispec_training.decode import BatchDecoder, Request, _argmax
 from hispec_training.files import write_atomically
 from hispec_training.trunk import Trunk
-
-from hispec.errors import HispecError, UsageError
-from hispec.model.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
 

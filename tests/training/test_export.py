@@ -3,12 +3,12 @@ import json
 
 import pytest
 import torch
-from hispec_training.export import TrainedExits, load_into
 from safetensors.torch import load_file
 from training.exit_setup import EXITS, make_cache, make_exits
 
 from hispec.errors import CheckpointError, UsageError
 from hispec.model.checkpoint import open_checkpoint
+from hispec_training.export import TrainedExits, load_into
 
 TABLE = {
     "texts": "some texts",

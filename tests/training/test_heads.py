@@ -1,12 +1,12 @@
 import pytest
 import torch
-from hispec_training.batches import collate, fixed_roots
-from hispec_training.heads import ExitHead, HeadSpec, Norm, attend, frequent_tokens
-from hispec_training.least_squares import _rows, scale_inputs, start_from_least_squares
 from training.exit_setup import make_cache, make_exits
 
 from hispec.errors import UsageError
 from hispec.model.checkpoint import open_checkpoint
+from hispec_training.batches import collate, fixed_roots
+from hispec_training.heads import ExitHead, HeadSpec, Norm, attend, frequent_tokens
+from hispec_training.least_squares import _rows, scale_inputs, start_from_least_squares
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from training.exit_setup import make_cache
+
+from hispec.cli import main as hispec
+from hispec.errors import CheckpointError, HispecError, UsageError
+from hispec.model.checkpoint import open_checkpoint
 from hispec_training import adapt
 from hispec_training.adapt import LoraRecipe, LoraTrainer, learning_rate, text_batches
 from hispec_training.adapter import LoraShape, Student, add_lora, merge_adapter, save_adapter
@@ -17,11 +22,6 @@ from hispec_training.divergence import divergence
 from hispec_training.loop import CHECKPOINT
 from hispec_training.quality import agreement, perplexity
 from hispec_training.trunk import Trunk
-from training.exit_setup import make_cache
-
-from hispec.cli import main as hispec
-from hispec.errors import CheckpointError, HispecError, UsageError
-from hispec.model.checkpoint import open_checkpoint
 
 ROOT = Path(__file__).parents[2]
 EXITS = (1, 3)

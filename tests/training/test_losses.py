@@ -1,12 +1,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hispec_training import losses
-from hispec_training.batches import collate, fixed_roots
-from hispec_training.losses import sparse_cross_entropy, sparse_targets
 from training.exit_setup import make_cache, make_exits
 
 from hispec.model.checkpoint import open_checkpoint
+from hispec_training import losses
+from hispec_training.batches import collate, fixed_roots
+from hispec_training.losses import sparse_cross_entropy, sparse_targets
 
 
 @pytest.fixture(scope="module")

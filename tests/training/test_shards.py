@@ -2,6 +2,10 @@ import json
 
 import pytest
 import torch
+from training.exit_setup import EXITS, make_cache, make_examples
+
+from hispec.errors import HispecError, UsageError
+from hispec.model.checkpoint import open_checkpoint
 from hispec_training import shards
 from hispec_training.batches import (
     collate,
@@ -12,10 +16,6 @@ from hispec_training.batches import (
 )
 from hispec_training.shards import ShardCache, build_shards, cut, read_examples, split_examples
 from hispec_training.trunk import Trunk
-from training.exit_setup import EXITS, make_cache, make_examples
-
-from hispec.errors import HispecError, UsageError
-from hispec.model.checkpoint import open_checkpoint
 
 
 @pytest.fixture(scope="module")

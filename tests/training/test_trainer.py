@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from hispec_training import loop
-from hispec_training.evaluate import ROUND, Tally, _count, evaluate
-from hispec_training.heads import HeadSpec
-from hispec_training.loop import CHECKPOINT, Recipe, Trainer, learning_rate, read_checkpoint
-from hispec_training.report import draw_curves
 from training.exit_setup import EXITS, make_cache, make_exits
 
 from hispec.cli import main as hispec
 from hispec.errors import HispecError
 from hispec.model.checkpoint import open_checkpoint
+from hispec_training import loop
+from hispec_training.evaluate import ROUND, Tally, _count, evaluate
+from hispec_training.heads import HeadSpec
+from hispec_training.loop import CHECKPOINT, Recipe, Trainer, learning_rate, read_checkpoint
+from hispec_training.report import draw_curves
 
 ROOT = Path(__file__).parents[2]
 RECIPE = Recipe(

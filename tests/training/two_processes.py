@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from hispec_training.loop import Recipe, Trainer
 from training.exit_setup import make_cache, make_exits
 
 from hispec.model.checkpoint import open_checkpoint
+from hispec_training.loop import Recipe, Trainer
 
 
 def main(model: str, work: str, out: str) -> None:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from hispec_training.adapt import LoraRecipe, LoraTrainer
-from hispec_training.adapter import LoraShape, Student, add_lora
 from training.exit_setup import make_cache
 
 from hispec.model.checkpoint import open_checkpoint
+from hispec_training.adapt import LoraRecipe, LoraTrainer
+from hispec_training.adapter import LoraShape, Student, add_lora
 
 
 def main() -> None:

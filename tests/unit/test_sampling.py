@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from hispec_kernels import gumbel
 
 from hispec.errors import UsageError
 from hispec.sampling import Sampling
+from hispec_kernels import gumbel
 
 
 def logits_of(rows: int, size: int, seed: int = 0, dtype: torch.dtype = torch.float32):

@@ -58,7 +58,7 @@ class TextBatch(Batch):
         return torch.cat(parts)
 
     def admit(self, rows: list[int], indices: list[int], requests: list[Request]) -> Tensor:
-        """Runs the prompts, all in one list of tokens, and stores their keys and values in ``rows``.
+        """Runs the prompts, all in one list of tokens; their keys and values are in ``rows``.
 
         Returns:
             (len(rows), D), the last token's state before the final norm.
