@@ -1,0 +1,70 @@
+"""The README's commands on the real model, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROMPT = "Name three planets and say one thing about each."
+
+
+def run(*arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hispec.cli", *arguments]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=300)
+
+
+def generate(hierarchy: str, *more: str) -> dict:
+    done = run(
+        *("generate", "--model", "smollm2-135m", "--prompt", PROMPT, "--json"),
+        *("--hierarchy", hierarchy, "--max-new-tokens", "48", *more),
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_every_preset_says_what_plain_decoding_says(dtype):
+    plain = generate("ar", "--dtype", dtype)
+    assert plain["num_tokens"] > 20 and plain["layer_visits_per_token"] == 30
+    for name in ("layerskip", "hispec"):
+        found = generate(name, "--dtype", dtype)
+        assert found["token_ids"] == plain["token_ids"]
+        assert found["text"] == plain["text"]
+        assert [level["name"] for level in found["levels"]][-1] == "target"
+
+
+def test_text_goes_to_stdout_and_statistics_to_stderr():
+    done = run(
+        *("generate", "--model", "smollm2-135m", "--prompt", "-", "--stats"),
+        *("--max-new-tokens", "16", "--hierarchy", "ar"),
+        stdin=PROMPT,
+    )
+    assert done.returncode == 0
+    assert done.stdout.strip() and "tok/s" not in done.stdout
+    assert "tok/s" in done.stderr and "layer visits" in done.stderr
+
+
+def test_chat_remembers_the_turn_before():
+    turns = "My name is Ada. Please remember it.\nWhat is my name?\n"
+    done = run("chat", "--model", "smollm2-135m", "--max-new-tokens", "40", stdin=turns)
+    assert done.returncode == 0, done.stderr
+    assert "Ada" in done.stdout
+
+
+def test_the_readme_names_only_commands_and_options_that_exist():
+    text = (ROOT / "README.md").read_text()
+    commands = set(re.findall(r"^hispec (\w+)", text, re.M))
+    assert {"generate", "chat", "doctor", "bench", "train"} <= commands
+    for command in commands:
+        help_text = run(command, "--help").stdout
+        lines = re.findall(rf"^hispec {command} .*$", text, re.M)
+        for option in {o for line in lines for o in re.findall(r"--[\w-]+", line)}:
+            assert option in help_text, f"hispec {command} has no {option}"
+    for path in re.findall(r"`((?:scripts|hispec|kernels|training|tests)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), f"the README names {path}, which is not there"
