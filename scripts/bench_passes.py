@@ -3,8 +3,8 @@
     python scripts/bench_passes.py [--model smollm2-135m] [--dtype bf16] [--out FILE.jsonl]
 
 Times layers 0-L, layers 0-L/8 and the vocabulary head: the median of repeats, the two ways in turn,
-so that a drifting machine hurts both alike. Prints a table; --out appends one JSON object a row, the
-machine first.
+so that a drifting machine hurts both alike. Prints a table; --out appends one JSON object a row,
+the machine first.
 """
 
 from __future__ import annotations
