@@ -15,6 +15,7 @@ same *list* of requests gives the same texts.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -193,7 +194,7 @@ class _Group:
         return torch.bmm(weights, values.flatten(0, 1)).view(rows, -1)
 
 
-class Batch:
+class Batch(ABC):
     """The rows in flight: their lengths and last tokens. How they are run is the subclass's.
 
     A free row has ``request`` -1 and length 0.
@@ -224,29 +225,29 @@ class Batch:
         """The rows with a text, ascending."""
         return [row for row, index in enumerate(self.request) if index >= 0]
 
+    @abstractmethod
     def free_rows(self) -> list[int]:
         """Free rows, the best to fill first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def admit(self, rows: list[int], indices: list[int], requests: list[Request]) -> Tensor:
         """Runs the prompts in ``rows``; returns the last tokens' final states, (len(rows), D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self) -> Tensor:
         """Runs the last token of every row.
 
         Returns:
             (rows, D) final states; rubbish in free rows.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def logits(self, h: Tensor) -> Tensor:
         """Returns (B, V) of final states (B, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def drop_free_rows(self) -> None:
         """Forgets free rows where they cost; called when no more prompts come."""
-        raise NotImplementedError
 
     def begin(self, row: int, index: int, request: Request) -> None:
         """Row ``row`` belongs to a request from here on, its prompt counted as cached."""
