@@ -13,9 +13,11 @@ __version__ = "0.1.0"
 
 # public name -> the module it lives in
 _LAZY = {
-    "load": "hispec.generation",
+    "load": "hispec.loading",
     "generate": "hispec.generation",
     "stream": "hispec.generation",
+    "generate_with": "hispec.hf",
+    "Sampling": "hispec.sampling",
     "open_checkpoint": "hispec.model.checkpoint",
     "HispecError": "hispec.errors",
     "UsageError": "hispec.errors",
@@ -29,9 +31,11 @@ if TYPE_CHECKING:
     from hispec.errors import HispecError as HispecError
     from hispec.errors import UsageError as UsageError
     from hispec.generation import generate as generate
-    from hispec.generation import load as load
     from hispec.generation import stream as stream
+    from hispec.hf import generate_with as generate_with
+    from hispec.loading import load as load
     from hispec.model.checkpoint import open_checkpoint as open_checkpoint
+    from hispec.sampling import Sampling as Sampling
 
 
 def __getattr__(name: str) -> Any:

@@ -1,73 +1,98 @@
 """When a hierarchy cannot pay: what acceptance it would need, and what to say about it.
 
 Costs are counted in blocks, for a machine that is bound by reading weights: a pass over any few
-rows costs the blocks between its level and the one below, plus its head (for SmolLM2-135M the full
-vocabulary is worth 8 blocks). With every level's tokens accepted at one rate α, a level that checks
-windows of T tokens costs per token it keeps (HSD, arXiv 2510.19705, for exits that share layers)
-
-    ℓ_k = (T ℓ_{k−1} + c_k) (1 − α) / (1 − α^{T+1})
+rows costs the blocks between its level and the one below, what its newest row is lifted through,
+and its head (for SmolLM2-135M the full vocabulary is worth 8 blocks). With every level's tokens
+accepted at one rate, :mod:`hispec.planner.simulator` says what a token costs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
-
-from hispec.generation import LM, Result
-from hispec.hierarchy import Hierarchy
+from hispec.generation import LM
+from hispec.hierarchy import MAX_WIDTH, Hierarchy
+from hispec.model.config import ModelConfig
+from hispec.planner.acceptance import Acceptance
+from hispec.planner.cost_table import TARGET, CostTable
+from hispec.planner.shortest_path import Chain
+from hispec.planner.simulator import forecast
+from hispec.result import Result
 
 
 def head_blocks(lm: LM, boundary: int) -> float:
     """Returns what the head at a boundary costs, in blocks of the model."""
-    config = lm.model.config
-    width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    block = config.hidden_size * (
-        width + config.num_heads * config.head_dim + 3 * config.intermediate_size
-    )
-    head = lm.head(boundary)
+    config, head = lm.model.config, lm.head(boundary)
     rows = config.vocab_size if head.vocab_ids is None else len(head.vocab_ids)
     own = 1.0 if getattr(head, "block", None) is not None else 0.0
-    return own + rows * config.hidden_size / block
+    return own + rows * config.hidden_size / block_size(config)
 
 
-def costs(lm: LM, hierarchy: Hierarchy) -> list[float]:
-    """Returns the cost of a pass of each level, the target last, in blocks."""
-    boundaries = [0, *hierarchy.exit_layers, lm.model.config.num_layers]
-    return [upper - lower + head_blocks(lm, upper) for lower, upper in pairwise(boundaries)]
+def block_size(config: ModelConfig) -> int:
+    """Returns the numbers in a block's matrices."""
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    return config.hidden_size * (heads + 3 * config.intermediate_size)
 
 
-def cost_per_token(pass_costs: Sequence[float], windows: Sequence[int], rate: float) -> float:
-    """Returns the expected cost of a committed token.
-
-    Args:
-        pass_costs: of each level, the target last.
-        windows: tokens each level below the target hands up.
-        rate: acceptance at every level, in [0, 1).
-    """
-    latency = pass_costs[0]
-    for window, cost in zip(windows, pass_costs[1:], strict=True):
-        latency = (window * latency + cost) * (1 - rate) / (1 - rate ** (window + 1))
-    return latency
+def model_blocks(lm: LM, model: str) -> float:
+    """Returns what a pass of a separate model costs, head included, in blocks of the target."""
+    config = lm.separate(model).model.config
+    size = config.num_layers * block_size(config) + config.vocab_size * config.hidden_size
+    return size / block_size(lm.model.config)
 
 
-def break_even(pass_costs: Sequence[float], windows: Sequence[int], plain: float) -> float | None:
+def costs(lm: LM, hierarchy: Hierarchy) -> CostTable:
+    """Returns the costs of every level's passes, in blocks of the target instead of seconds."""
+    layers = lm.model.config.num_layers
+    depths = {f"exit {e}": e for e in hierarchy.exit_layers} | {TARGET: layers}
+    rows = MAX_WIDTH + 1
+    heads = {name: [head_blocks(lm, depth)] * rows for name, depth in depths.items()}
+    models = {x.name: [model_blocks(lm, x.model)] * rows for x in hierarchy.models}
+    return CostTable(depths, [0.0] * rows, [1.0] * rows, heads, models_s=models)
+
+
+def outgrown(lm: LM, result: Result) -> str | None:
+    """Returns a sentence about levels whose context the text has outgrown, if there are any."""
+    length = result.num_prompt_tokens + result.num_tokens
+    short = [
+        f"{level.name} ({context} tokens)"
+        for level in result.hierarchy.models
+        if (context := lm.separate(level.model).context) < length
+    ]
+    if not short:
+        return None
+    return (
+        f"the text of {length} tokens outgrew the context of {', '.join(short)} and went on alone."
+    )
+
+
+def break_even(costs: CostTable, hierarchy: Hierarchy) -> float | None:
     """Returns the acceptance at which a hierarchy costs what plain decoding does, or None.
 
     Args:
-        pass_costs: see :func:`cost_per_token`.
-        windows: likewise.
-        plain: cost of a plain decoding step.
+        costs: of its levels' passes.
+        hierarchy: its strict levels alone count.
     """
+    chain = chain_of(hierarchy)
+    names = [*(name for name, _ in chain), TARGET]
+
+    def pays(rate: float) -> bool:
+        rates = {(lower, upper): rate for lower in names for upper in names}
+        return forecast(chain, costs, Acceptance.constant(rates)).speedup >= 1
+
     low, high = 0.0, 0.999
-    if cost_per_token(pass_costs, windows, high) > plain:
+    if not pays(high):
         return None
-    for _ in range(40):
+    for _ in range(20):
         middle = (low + high) / 2
-        if cost_per_token(pass_costs, windows, middle) > plain:
-            low = middle
-        else:
+        if pays(middle):
             high = middle
+        else:
+            low = middle
     return high
+
+
+def chain_of(hierarchy: Hierarchy) -> Chain:
+    """Returns a hierarchy's levels and windows as the planner writes them."""
+    return tuple((level.name, level.window) for level in hierarchy.levels)
 
 
 def warning(lm: LM, result: Result) -> str | None:
@@ -75,18 +100,20 @@ def warning(lm: LM, result: Result) -> str | None:
     hierarchy = result.hierarchy
     if not hierarchy.levels or result.passes < 8:
         return None  # too little to judge by
-    pass_costs = costs(lm, hierarchy)
-    plain = lm.model.config.num_layers + head_blocks(lm, lm.model.config.num_layers)
-    spent = sum(cost * level.passes for cost, level in zip(pass_costs, result.levels, strict=True))
-    if spent <= plain * result.committed:
+    blocks = costs(lm, hierarchy)
+    ran = [0] * len(hierarchy.models) + [0, *hierarchy.exit_layers]  # layers from the level below
+    spent = sum(
+        blocks.pass_s(level.name, below, 1) * level.passes
+        for level, below in zip(result.levels, ran, strict=True)
+    )
+    if spent <= blocks.plain_s * result.committed:
         return None
     top = result.levels[-2]
     rate = top.accepted / top.drafted if top.drafted else 0.0
-    needed = break_even(pass_costs, [level.window for level in hierarchy.levels], plain)
+    needed = break_even(blocks, hierarchy)
     threshold = f"about {needed:.0%} are needed to break even" if needed else "it cannot pay here"
-    trained = lm.exits is not None and all(
-        layer in lm.exits.exit_layers for layer in hierarchy.exit_layers
-    )
+    known = lm.exits.exit_layers if lm.exits else ()
+    trained = all(layer in known for layer in hierarchy.exit_layers)
     advice = (
         "Try --hierarchy auto or smaller windows"
         if trained

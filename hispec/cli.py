@@ -15,7 +15,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
@@ -33,8 +33,16 @@ COMMANDS = {
         "hispec.commands.bench_report",
     ),
     "bench sweep": ("find the best exits and windows", "hispec.commands.bench_sweep"),
+    "plan": ("find the fastest hierarchy for this model here", "hispec.commands.plan"),
+    "ngrams build": (
+        "count text or answers into a database that drafts",
+        "hispec.commands.ngrams_build",
+    ),
+    "ngrams info": ("show what a database holds", "hispec.commands.ngrams_info"),
+    "ngrams merge": ("make one database of several", "hispec.commands.ngrams_merge"),
     "distill": ("let the model continue prompts: training data", "hispec_training.distill"),
     "train": ("add exits to a model", "hispec_training.trainer"),
+    "export": ("write a hub folder whose generate is hispec's", "hispec.commands.export"),
     "doctor": ("show what is installed and what would be used", "hispec.commands.doctor"),
 }
 
@@ -133,6 +141,13 @@ def _dispatch(arguments: list[str]) -> int:
         return 0
     words = 2 if " ".join(arguments[:2]) in COMMANDS else 1
     name = " ".join(arguments[:words])
+    group = {key: value for key, value in COMMANDS.items() if key.startswith(f"{name} ")}
+    if name not in COMMANDS and group:
+        if arguments[1:] and arguments[1] not in ("-h", "--help"):
+            hint = _nearest(" ".join(arguments[:2]), group)
+            raise UsageError(f"unknown command {' '.join(arguments[:2])!r}.{hint}")
+        print(f"usage: hispec {name} COMMAND [options]\n\ncommands:\n{_listed(group)}")
+        return 0
     if name not in COMMANDS:
         hint = _nearest(name, [*COMMANDS, "--help", "--version"])
         raise UsageError(f"unknown command {name!r}.{hint} See hispec --help.")
@@ -153,15 +168,18 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def _overview() -> str:
-    width = max(map(len, COMMANDS))
-    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (text, _) in COMMANDS.items())
     return (
         "usage: hispec COMMAND [options]\n\n"
         "Lossless, faster text generation from one Llama checkpoint.\n\n"
-        f"commands:\n{rows}\n\n"
+        f"commands:\n{_listed(COMMANDS)}\n\n"
         "hispec COMMAND --help shows a command's options.\n"
         'Start with: hispec generate --model smollm2-135m --prompt "Why is the sky blue?" --stats'
     )
+
+
+def _listed(commands: Mapping[str, tuple[str, str]]) -> str:
+    width = max(map(len, commands))
+    return "\n".join(f"  {name:<{width}}  {text}" for name, (text, _) in commands.items())
 
 
 if __name__ == "__main__":

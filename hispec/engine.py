@@ -1,20 +1,25 @@
 """Hierarchical self-speculative decoding, one round at a time.
 
-Levels 0 … K share one cache; K is the target, the levels below are its early exits. A round grows
-one tree below the root, the last committed token, and ends with one pass of the target over it:
+Levels 0 … K share one cache; K is the target, the levels below are its early exits. Below them may
+stand separate models with caches of their own. A round grows one tree below the root, the last
+committed token, and ends with one pass of the target over it:
 
-    gather(k)   have level k grow the tree by its window
-    step(k)     let the levels below gather; run level k over all it has not checked; keep what it
-                would have picked itself, and add its own next pick
+    gather(k)   have level k grow the tree by its window; below all levels, ask the databases
+    step(k)     let what is below gather; run level k over all it has not seen; follow its own picks
+                through the tree, and add its pick after the last of them
 
 With nothing below, a step is a plain decoding step. So plain decoding is ``step(0)`` of a hierarchy
-with one level, LayerSkip is ``step(1)`` of one with two and HiSpec ``step(2)`` of one with three.
+with one level, Hierarchy Drafting the same with databases, LayerSkip ``step(1)`` of one with two
+levels and HiSpec ``step(2)`` of one with three.
 
-Invariants. The tree's tokens follow the committed ones; ``checked`` counts the leading nodes a
-level stands behind and never rises from a level to the one above. A pass runs only the layers
-between a level and the one below, from stored states: no layer runs twice for a token. Only the
-target's step commits, and all it commits are its own picks: what the levels below do decides how
-many tokens a round yields, never which.
+A level's *tip* is the last node it stands behind: whatever it picked led there. A strict level
+prunes what it would not have picked; a ranking one leaves it standing as a branch, for the levels
+above to judge. The target is always strict, and what is left after its step is committed.
+
+Invariants. The tree's tokens follow the committed ones. Every level's tip is an ancestor of the tip
+below it. A pass runs only the layers between an exit and the one below, from stored states: no
+layer runs twice for a token. Only the target's step commits, and all it commits are its own picks:
+what happens below decides how many tokens a round yields, never which.
 """
 
 from __future__ import annotations
@@ -23,12 +28,17 @@ import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
+from hispec.drafter import RANKS, SHOWN, Drafter
 from hispec.hierarchy import Hierarchy
-from hispec.model.cache import Cache
-from hispec.model.exits import ExitHead
-from hispec.model.llama import Llama
-from hispec.sampling import Sampling
+from hispec.model.level import Level
+from hispec.model.nodes import MAX_WIDTH
+from hispec.model.passes import Found
+from hispec.picker import Picker
 from hispec.tree import Tree, follow
+from hispec_kernels import top_k
+
+#: Each row's likeliest ids, best first, and how likely they are.
+Ranked = tuple[list[list[int]], list[list[float]]]
 
 
 @dataclass
@@ -36,12 +46,12 @@ class LevelCounts:
     """What one level did, in raw counts.
 
     Attributes:
-        name: ``exit 4`` or ``target``.
-        drafted: tokens handed to the level above.
-        accepted: of these, the ones it would have picked itself.
+        name: ``exit 4``, ``model`` and its folder's name, or ``target``.
+        drafted: tokens handed to the level above, on the path it stands behind.
+        accepted: of these, the ones the level above would have picked itself.
         passes: how often the level ran.
         layer_visits: (token, layer) pairs run on its account, lifting through lower layers
-            included.
+            included; a separate model's are of its own layers, which may be smaller.
         drafted_at: drafted tokens by their place in the window handed up.
         accepted_at: accepted ones likewise.
         time_s: wall time of its passes.
@@ -70,52 +80,52 @@ class LevelCounts:
 
 @dataclass
 class _Level:
-    """A level at work: its boundary in the cache, its head, and the nodes it stands behind."""
+    """A level at work: what runs it, its part in the hierarchy, and the node it stands behind."""
 
-    boundary: int
-    head: ExitHead
+    runner: Level
     window: int
+    ranks: bool
+    adaptive: bool
     counts: LevelCounts
-    checked: int = 1
+    tip: int = 0
 
 
 class Decoder:
     """Decodes one sequence with one hierarchy.
 
     Args:
-        model: the target.
-        cache: with a boundary at every exit and at L; knows ``tokens[:-1]`` to all layers, not the
-            last token.
+        levels: what runs the hierarchy's levels, then the target; its cache knows ``tokens[:-1]``
+            to all layers, not the last token.
         tokens: committed ids, the prompt's and at least one more; grown in place.
         hierarchy: the levels below the target.
-        heads: an exit head for each of them, then the target's.
-        sampling: how every level picks.
+        picker: how every level picks.
         stops: ids after which nothing is worth drafting.
+        drafter: merges what databases and ranking exits propose; it has begun with ``tokens``.
     """
 
     def __init__(
         self,
-        model: Llama,
-        cache: Cache,
+        levels: Sequence[Level],
         tokens: list[int],
         hierarchy: Hierarchy,
-        heads: Sequence[ExitHead],
-        sampling: Sampling,
+        picker: Picker,
         stops: Container[int] = (),
+        drafter: Drafter | None = None,
     ) -> None:
-        self.model = model
-        self.cache = cache
         self.tokens = tokens
-        self.sampling = sampling
+        self.picker = picker
         self.stops = stops
-        self.tree = Tree(tokens[-1])
+        self.drafter = drafter
+        self.tree = Tree(tokens[-1], len(tokens) - 1)
         self.room = 0  # tokens still worth drafting in this round
-        names = [f"exit {e}" for e in hierarchy.exit_layers] + ["target"]
-        boundaries = [*hierarchy.exit_layers, model.config.num_layers]
-        windows = [level.window for level in hierarchy.levels] + [1]
+        self.width = 1  # rows of the target's last pass
+        self.asked = -1  # the node below which the databases were asked last
+        parts = [(x.window, x.ranks, x.ranks or x.adaptive, x.name) for x in hierarchy.levels]
         self.levels = [
-            _Level(boundary, head, window, LevelCounts(name))
-            for boundary, head, window, name in zip(boundaries, heads, windows, names, strict=True)
+            _Level(runner, window, ranks, adaptive, LevelCounts(name))
+            for runner, (window, ranks, adaptive, name) in zip(
+                levels, [*parts, (1, False, False, "target")], strict=True
+            )
         ]
 
     def round(self, limit: int) -> list[int]:
@@ -125,64 +135,164 @@ class Decoder:
             limit: how many more tokens are wanted, ≥ 1.
         """
         self.room = limit - 1  # the pass adds a token of the target's own
+        # A separate model's context may be shorter than the target's: the text outgrows it.
+        self.levels = [x for x in self.levels if len(self.tokens) <= x.runner.context]
         self.step(len(self.levels) - 1)
+        return self.commit()
+
+    def commit(self) -> list[int]:
+        """Ends a round: what the target's step has left in the tree is the text's."""
         committed = self.tree.tokens[1:]
         self.tokens += committed
-        self.tree = Tree(committed[-1])
+        if self.drafter:
+            self.drafter.commit(committed, self.tree.origins[1:], self.width)
+        self.tree = Tree(committed[-1], len(self.tokens) - 1)
+        self.asked = -1
         for level in self.levels:
-            level.checked = 1
+            level.tip = 0
         return committed
 
     def gather(self, k: int) -> None:
         """Level ``k`` grows the tree by its window, unless the text or the room ends before."""
-        goal = min(len(self.tree) + self.levels[k].window, 1 + self.room)
-        while len(self.tree) < goal and self.tree.tokens[-1] not in self.stops:
-            surplus = self.step(k)
-            if surplus and len(self.tree) > goal:
+        if k < 0:
+            lowest = self.levels[0]
+            self.ask_databases(lowest.counts.name if lowest.ranks else "")
+            return
+        level, tree = self.levels[k], self.tree
+        goal = min(tree.nodes.depths[level.tip] + level.window, self.room)
+        while (
+            tree.nodes.depths[level.tip] < goal
+            and tree.tokens[level.tip] not in self.stops
+            and len(tree) < MAX_WIDTH
+        ):
+            before, surplus = level.tip, self.step(k)
+            newest = len(tree) - 1
+            if surplus and level.tip == newest and tree.nodes.depths[newest] > goal:
                 # One token more than asked for, and the only one that would have to be lifted
                 # through every layer by itself.
-                self.keep(len(self.tree) - 1, k)
+                self.keep(range(newest))
+            elif level.tip == before:
+                break  # it was not worth running
+
+    def ask_databases(self, level: str = "") -> None:
+        """The databases grow the tree below the lowest level's tip, once for each.
+
+        Args:
+            level: the name of the level that may rank what they propose.
+        """
+        tip, tree = self.levels[0].tip, self.tree
+        if self.drafter and tip != self.asked and tree.tokens[tip] not in self.stops:
+            # Every level adds a pick of its own behind what it checks.
+            space = MAX_WIDTH - len(tree) - sum(x.window for x in self.levels[:-1])
+            self.drafter.grow(tree, tip, self.room, space, self.stops, level)
+        self.asked = tip
 
     def step(self, k: int) -> bool:
-        """Runs level ``k`` once.
+        """Runs level ``k`` once, unless it adapts and is not worth its time.
 
-        Returns whether there were drafts and all stood, so that its own pick is extra.
+        Returns whether there were drafts and all on the path below stood, so that its own pick is
+        extra.
         """
+        level, tree, drafter = self.levels[k], self.tree, self.drafter
+        name = level.counts.name
+        self.gather(k - 1)
+        if level.adaptive and drafter and not drafter.pays(tree, level.tip, name):
+            return False
+        first = level.tip
+        picks, ranked = self.run(level)
+        path, token = follow(tree, picks, first)
+        end = path[-1] if path else first
+        chance = ranked[1][end - first][0] if ranked else None
         if k > 0:
-            self.gather(k - 1)
-        level, tree = self.levels[k], self.tree
-        picks = self.run(level)
-        path, token = follow(tree, picks, level.checked - 1)
-        drafted, accepted = len(tree) - level.checked, len(path)
-        if k > 0:
-            self.levels[k - 1].counts.verdict(drafted, accepted)
-        if accepted < drafted:
-            self.keep(level.checked + accepted, k)
-        tree.append(token)
+            handed = tree.nodes.path(self.levels[k - 1].tip)[tree.nodes.depths[first] + 1 :]
+            stood = sum(1 for mine, theirs in zip(path, handed, strict=False) if mine == theirs)
+            self.levels[k - 1].counts.verdict(len(handed), stood)
+            surplus = 0 < len(handed) == stood
+        else:
+            surplus = bool(path)
+        if not level.ranks or len(tree) == MAX_WIDTH:
+            kept = tree.nodes.path(end)
+            self.keep(kept)
+            end, ranked = len(kept) - 1, None
+        if k < len(self.levels) - 1 and tree.nodes.depths[end] == self.room:
+            newest, surplus = end, False  # no room for a pick
+        elif drafter and ranked:
+            space = MAX_WIDTH - len(tree) - sum(x.window for x in self.levels[k:-1])
+            newest = drafter.rank(tree, name, first, *ranked, end, self.room, space)
+        else:
+            value = drafter.picked(tree, end, token, name, chance) if drafter else 0.0
+            newest = tree.append(token, end, name, value)
         for other in self.levels[: k + 1]:
-            other.checked = len(tree)
-        return accepted == drafted > 0
+            other.tip = newest
+        return surplus
 
-    def run(self, level: _Level) -> list[int]:
-        """Returns the level's picks after its last checked node and all nodes behind it."""
+    def run(self, level: _Level) -> tuple[Sequence[int], Ranked | None]:
+        """Returns the level's picks after its tip and all nodes behind it.
+
+        With them, where the level adapts, its likeliest ids there and their chances.
+        """
         started = time.perf_counter()
-        root = len(self.tokens) - 1
-        first, end = root + level.checked - 1, root + len(self.tree)
-        known = self.tokens + self.tree.tokens[1:]
-        visits = self.model.advance(self.cache, known, end, level.boundary)
-        logits = level.head.logits(self.cache, first, root)  # (T, V)
-        picks = self.sampling.pick(logits, first + 1, level.head.vocab_ids)
+        root, tree = len(self.tokens) - 1, self.tree
+        first, end = level.tip, len(tree)
+        known = self.tokens + tree.tokens[1:]
+        positions = [root + depth + 1 for depth in tree.nodes.depths[first:]]
+        judges = level is self.levels[-1]
+        adapts = level.adaptive and self.drafter is not None
+        most = SHOWN if judges else RANKS if level.ranks else 1
+        asked = self.picker.asked(most, positions, exact=judges)
+        found, visits = level.runner.run(known, root + first, root + end, tree.nodes, asked)
+
+        def prefix(row: int) -> list[int]:
+            return self.tokens + tree.path(first + row)
+
+        picks: Sequence[int]
+        columns = level.runner.head.vocab_ids
+        ranked = None
+        if isinstance(found, tuple):  # the head went from states to its best ids
+            ids = found[0].tolist()  # sync: the tree grows on the host
+            picks = [row[0] for row in ids]
+            ranked = (ids, found[1].tolist()) if adapts else None
+        elif judges:
+            picks = self.picker.picks(found, positions, prefix, columns)
+        elif adapts:
+            ranked = self.picker.ranked(found, positions, prefix, columns, most)
+            picks = [row[0] for row in ranked[0]]
+        else:
+            picks = self.picker.drafted(found, positions, prefix, columns)
+        if judges:
+            self.width = end
+            self.show(found)
         level.counts.passes += 1
         level.counts.layer_visits += visits
-        level.counts.time_s += time.perf_counter() - started
-        return picks
+        elapsed = time.perf_counter() - started
+        level.counts.time_s += elapsed
+        if self.drafter and not judges:
+            self.drafter.took(level.counts.name, end, elapsed)
+        elif self.drafter and visits == end * level.runner.boundary:  # no exit has run a part of it
+            self.drafter.took("", end, elapsed)
+        return picks, ranked
 
-    def keep(self, nodes: int, k: int) -> None:
-        """Rejects all nodes from ``nodes`` on, in the tree, the cache and the heads."""
-        self.tree.truncate(nodes)
-        length = len(self.tokens) - 1 + nodes
-        self.cache.truncate(length)
+    def show(self, found: Found) -> None:
+        """Lets the databases learn what the target holds likely, after rejected nodes too."""
+        if not self.drafter or not self.drafter.wants_top:
+            return
+        tokens, parents = self.tree.tokens, self.tree.nodes.parents
+        before = [self.tokens[-2], *(tokens[parent] for parent in parents[1:])]
+        if not isinstance(found, tuple):
+            found = top_k(found, min(SHOWN, found.shape[-1]))[::-1]
+        top = found[0]  # (N, SHOWN)
+        self.drafter.observe(tokens, top.cpu().numpy(), before)  # sync: the host keeps them
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Rejects all nodes but ``kept``, in the tree and in what every level knows."""
+        if len(kept) == len(self.tree):
+            return
         for level in self.levels:
-            level.head.truncate(length)
-        for other in self.levels[: k + 1]:
-            other.checked = min(other.checked, nodes)
+            while level.tip not in kept:  # only tips that are about to move can be rejected
+                level.tip = self.tree.nodes.parents[level.tip]
+            level.tip = kept.index(level.tip)
+        self.asked = kept.index(self.asked) if self.asked in kept else -1
+        root = len(self.tokens) - 1
+        self.tree.keep(kept)
+        for level in self.levels:
+            level.runner.keep(root, kept)

@@ -1,108 +1,32 @@
 """Generating text: a prompt in, a stream of text and a result with its counts out.
 
-``load`` opens a model, ``LM.stream`` is the one path through it and ``LM.generate`` its fold. What
-ends a text (eos, a stop string, the number of tokens) is looked at token by token, so that it does
-not depend on how many a round committed.
+``LM.stream`` is the one path through a loaded model, and ``LM.generate`` its fold.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+import inspect
+from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
-
-from hispec.engine import Decoder, LevelCounts
-from hispec.errors import CheckpointError, HispecError, UsageError
+from hispec.arguments import check_lengths, sampling_of
+from hispec.drafter import Drafter
+from hispec.errors import UsageError
 from hispec.hierarchy import Hierarchy, preset
 from hispec.model.cache import Cache
-from hispec.model.checkpoint import Checkpoint, open_checkpoint
-from hispec.model.device import choose, dtype_name
-from hispec.model.exits import ExitHead, Exits, SharedHead, shipped_exits
+from hispec.model.checkpoint import Checkpoint
+from hispec.model.exits import ExitHead, Exits, SharedHead
+from hispec.model.level import Exit, Level, Separate
 from hispec.model.llama import Llama
-from hispec.model.numerics import cached_min_width
+from hispec.planner.plan import open_plan, saved_plan
+from hispec.processors import check_pure
+from hispec.prompt import Prompt, encode
+from hispec.result import Result
 from hispec.sampling import Sampling
-from hispec.text import Detokenizer, StopScanner
-
-#: A text, chat messages (``{"role": …, "content": …}``), or token ids.
-Prompt = str | Sequence[Mapping[str, str]] | Sequence[int]
-
-
-@dataclass
-class Result:
-    """A finished (or interrupted) generation: the text and how it came about.
-
-    Attributes:
-        finish_reason: ``eos``, ``stop`` (a stop string), ``length``, or ``interrupted``.
-        num_prompt_tokens: of these, the last is where generation starts.
-        prefill_s: from the call to the first token.
-        decode_s: from the first token to the last.
-        passes: full passes after prefill.
-        layer_visits: (token, layer) pairs run after prefill.
-        committed: tokens the full passes committed; more than were emitted where a stop cut a
-            round.
-    """
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str = "interrupted"
-    num_prompt_tokens: int = 0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    passes: int = 0
-    layer_visits: int = 0
-    committed: int = 0
-    levels: list[LevelCounts] = field(default_factory=list)
-    hierarchy: Hierarchy = field(default_factory=Hierarchy)
-    dtype: str = ""
-    device: str = ""
-    numerics: str = ""
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens emitted, the one that prefill picked included."""
-        return len(self.token_ids)
-
-    @property
-    def tok_per_s(self) -> float:
-        """Tokens per second of decoding; the first token is prefill's and does not count."""
-        return (self.num_tokens - 1) / self.decode_s if self.decode_s > 0 else 0.0
-
-    @property
-    def block_efficiency(self) -> float:
-        """Tokens per full pass, bonus included; 1 for plain decoding."""
-        return self.committed / self.passes if self.passes else 0.0
-
-    @property
-    def layer_visits_per_token(self) -> float:
-        """Layer visits after prefill per token committed; L for plain decoding."""
-        return self.layer_visits / self.committed if self.committed else 0.0
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the document of ``hispec generate --json``."""
-        return {
-            "text": self.text,
-            "token_ids": self.token_ids,
-            "finish_reason": self.finish_reason,
-            "num_prompt_tokens": self.num_prompt_tokens,
-            "num_tokens": self.num_tokens,
-            "prefill_s": self.prefill_s,
-            "decode_s": self.decode_s,
-            "tok_per_s": self.tok_per_s,
-            "passes": self.passes,
-            "block_efficiency": self.block_efficiency,
-            "layer_visits": self.layer_visits,
-            "layer_visits_per_token": self.layer_visits_per_token,
-            "levels": [asdict(level) for level in self.levels],
-            "sources": [],
-            "hierarchy": self.hierarchy.to_json(),
-            "dtype": self.dtype,
-            "device": self.device,
-            "numerics": self.numerics,
-        }
+from hispec.shelf import Shelf
+from hispec.streaming import Criterion, Ends, Stream, Streamer
 
 
 class LM:
@@ -112,38 +36,85 @@ class LM:
         checkpoint: where it came from.
         model: the weights and the passes over them.
         exits: trained exits, or None: then every exit uses the model's own norm and head.
+        below: separate models that every hierarchy given by name has below its levels.
         tokenizer: transformers' tokenizer.
     """
 
-    def __init__(self, checkpoint: Checkpoint, model: Llama, exits: Exits | None = None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: Llama,
+        exits: Exits | None = None,
+        corpus: Path | None = None,
+        below: Sequence[str] = (),
+        *,
+        force_plan: bool = False,
+    ) -> None:
         self.checkpoint = checkpoint
         self.model = model
         self.exits = exits
+        self.below = tuple(below)
         self.tokenizer = checkpoint.tokenizer
         self.eos = frozenset(checkpoint.eos_token_ids)
         self._cache: Cache | None = None
         self._known: list[int] = []  # the tokens whose keys and values the cache holds
         self._stream: Stream | None = None  # the generation that is writing to the cache
         self._heads: dict[int, ExitHead] = {}
+        self._separate: dict[str, Separate] = {}
+        self._shelf = Shelf(self, corpus)
+        self._force_plan = force_plan
 
     def hierarchy(self, name: str | Hierarchy = "auto") -> Hierarchy:
-        """Returns a hierarchy that fits this model.
+        """Returns a hierarchy that fits this model, the separate models it names opened.
 
         Args:
-            name: a preset, the path of a JSON file, or a hierarchy.
+            name: a preset or the path of a JSON file, which get the models of ``below``; or a
+                hierarchy, which says itself what is in it. ``auto`` is the plan that
+                ``hispec plan`` has saved for this model, exits and machine, if it has.
 
         Raises:
-            UsageError: no such preset or file, or an exit the model does not have.
+            UsageError: no such preset or file, an exit the model does not have, a plan that was
+                made for something else, or a separate model of another vocabulary.
+            CheckpointError: a separate model cannot be found, read or understood.
         """
         if isinstance(name, Hierarchy):
             found = name
         elif name.endswith(".json"):
-            found = Hierarchy.load(Path(name))
+            found = open_plan(Path(name), self, force=self._force_plan).over(self.below)
+        elif name == "auto" and self._saved:
+            found = self._saved.over(self.below)
         else:
             best = dict(self.exits.best) if self.exits else {}
-            found = preset(name, self.model.config.num_layers, best)
+            found = preset(name, self.model.config.num_layers, best).over(self.below)
         found.check(self.model.config.num_layers)
+        for level in found.models:
+            self.separate(level.model)
         return found
+
+    def separate(self, model: str) -> Separate:
+        """Returns a separate model, opened when it is first named; see :meth:`Separate.open`."""
+        if model not in self._separate:
+            self._separate[model] = Separate.open(model, self.checkpoint, self.model)
+        return self._separate[model]
+
+    def levels(self, hierarchy: Hierarchy, cache: Cache, prompt: int) -> list[Level]:
+        """Returns what runs a hierarchy's levels over one text, and the target last.
+
+        Args:
+            hierarchy: one that fits this model.
+            cache: with a boundary at each of its exits, and at L.
+            prompt: tokens of the text's prompt.
+        """
+        separate = [self.separate(level.model) for level in hierarchy.models]
+        for one in separate:
+            one.prompt = prompt
+        exits = [Exit(self.model, cache, b, self.head(b)) for b in cache.boundaries]
+        return [*separate, *exits]
+
+    @cached_property
+    def _saved(self) -> Hierarchy | None:
+        """The plan made for this model on this machine, looked for once."""
+        return saved_plan(self, force=self._force_plan)
 
     def head(self, boundary: int) -> ExitHead:
         """Returns the head at an exit, or the target's at L."""
@@ -154,49 +125,19 @@ class LM:
                 self._heads[boundary] = SharedHead(self.model, boundary)
         return self._heads[boundary]
 
-    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
-        """Returns a prompt's token ids.
+    def drafter(self, hierarchy: Hierarchy, *, learn: bool = True) -> Drafter | None:
+        """Returns what drafts for a hierarchy besides its exits' picks, None if nothing does.
 
         Args:
-            prompt: a text is one user message unless ``raw``; ids pass through.
-            raw: no chat template; special tokens are added as the tokenizer does for plain text.
-
-        Raises:
-            UsageError: the prompt is empty, or has ids the model does not.
+            hierarchy: names them and their budgets.
+            learn: go on from what earlier texts taught them; otherwise they start afresh, and
+                nothing of this text is kept.
         """
-        if isinstance(prompt, str):
-            if not prompt:
-                raise UsageError("the prompt is empty. Give at least one character.")
-            if raw or not self.tokenizer.chat_template:
-                ids = list(self.tokenizer(prompt)["input_ids"])
-            else:
-                return self.encode([{"role": "user", "content": prompt}])
-        elif prompt and isinstance(prompt[0], Mapping):
-            ids = self._encode_chat(cast("Sequence[Mapping[str, str]]", prompt))
-        else:
-            ids = [int(token) for token in cast("Sequence[int]", prompt)]
-            size = self.model.config.vocab_size
-            wrong = next((token for token in ids if not 0 <= token < size), None)
-            if wrong is not None:
-                raise UsageError(f"token id {wrong} is not in [0, {size - 1}], the vocabulary.")
-        if not ids:
-            raise UsageError("the prompt has no tokens. Give at least one.")
-        return ids
+        return self._shelf.drafter(hierarchy, learn=learn)
 
-    def _encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        from jinja2 import TemplateError
-
-        try:
-            text = self.tokenizer.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-            )
-        except TemplateError as error:
-            raise CheckpointError(
-                f"the chat template of {self.checkpoint.name} refuses this conversation: {error}. "
-                f"Change it, or give the whole text with raw."
-            ) from error
-        # The template writes the special tokens itself.
-        return list(self.tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
+        """Returns a prompt's token ids; see :func:`hispec.prompt.encode`."""
+        return encode(prompt, self.tokenizer, self.model.config.vocab_size, raw=raw)
 
     def stream(
         self,
@@ -204,10 +145,18 @@ class LM:
         *,
         hierarchy: str | Hierarchy = "auto",
         max_new_tokens: int = 256,
+        min_new_tokens: int = 0,
         stop: str | Sequence[str] = (),
+        stopping_criteria: Sequence[Criterion] = (),
+        streamer: Streamer | None = None,
         sampling: Sampling | None = None,
+        logprobs: bool = False,
+        output_scores: bool = False,
+        output_logits: bool = False,
         raw: bool = False,
         continued: bool = False,
+        learn: bool = True,
+        **settings: Any,
     ) -> Stream:
         """Returns the generation as an iterable of text pieces; nothing runs before the first.
 
@@ -215,17 +164,29 @@ class LM:
             prompt: see :meth:`encode`.
             hierarchy: see :meth:`hierarchy`.
             max_new_tokens: ≥ 1; fewer where the model's context ends before.
+            min_new_tokens: before these the text does not end by itself; stop strings and criteria
+                still end it.
             stop: strings that end the text; it is cut before them.
+            stopping_criteria: transformers' criteria; each is asked once after every token.
+            streamer: one of transformers' streamers: told the prompt, every token, and the end.
             sampling: greedy by default.
+            logprobs: keep each emitted token's log-probability under the scores it was picked from.
+            output_scores: keep those scores, (V,) a token.
+            output_logits: keep the model's logits before processors and warpers.
             raw: no chat template.
             continued: keep what the cache knows of the prompt's beginning, as the next turn of a
                 chat does. Otherwise a call's outcome does not depend on earlier calls.
+            learn: let the databases go on from earlier texts and learn from this one; otherwise
+                they start afresh and keep nothing, which makes timings comparable.
+            **settings: the fields of :class:`Sampling` instead of ``sampling``, and ``do_sample``.
 
         Raises:
-            UsageError: an argument is out of range, or the prompt does not fit into the context.
+            UsageError: an argument is unknown, out of range or contradicts another, or the prompt
+                does not fit into the context.
         """
-        if max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens must be at least 1, got {max_new_tokens}.")
+        sampling = sampling_of(settings, sampling, inspect.signature(LM.stream).parameters)
+        stops = (stop,) if isinstance(stop, str) and stop else tuple(stop)
+        check_lengths(min_new_tokens, max_new_tokens, stops)
         ids = self.encode(prompt, raw=raw)
         context = self.model.config.max_positions
         if len(ids) >= context:
@@ -233,10 +194,29 @@ class LM:
                 f"the prompt has {len(ids)} tokens and the model's context holds {context}. "
                 f"Shorten it to at most {context - 1}."
             )
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
-        limit = min(max_new_tokens, context - len(ids))
+        ends = Ends(
+            min(max_new_tokens, context - len(ids)), stops, self.eos, tuple(stopping_criteria)
+        )
+        vocab_size = self.model.config.vocab_size
+        check_pure(sampling.processors, ids, vocab_size)
+        picker = sampling.seeded().picker(
+            len(ids),
+            vocab_size=vocab_size,
+            eos=self.eos,
+            min_new_tokens=min_new_tokens,
+            max_new_tokens=ends.limit,
+        )
+        wants = {"logprobs": logprobs, "scores": output_scores, "logits": output_logits}
         return Stream(
-            self, ids, self.hierarchy(hierarchy), limit, stops, sampling or Sampling(), continued
+            self,
+            ids,
+            self.hierarchy(hierarchy),
+            ends,
+            picker,
+            streamer=streamer,
+            wants=[name for name, wanted in wants.items() if wanted],
+            continued=continued,
+            learn=learn,
         )
 
     def generate(self, prompt: Prompt, **options: Any) -> Result:
@@ -246,15 +226,45 @@ class LM:
             pass
         return stream.result
 
-    def _prepare(self, ids: Sequence[int], hierarchy: Hierarchy, continued: bool) -> Cache:
-        """Returns the cache, knowing at most a prefix of ``ids`` (and not its last token)."""
+    def samples(self, prompt: Prompt, n: int, **options: Any) -> list[Result]:
+        """Returns ``n`` texts after one prompt, which is run once; each has noise of its own.
+
+        The first is the text of :meth:`generate`; the others' seeds follow from its seed
+        (:func:`hispec.sampling.stream_seed`) and give the same texts alone.
+
+        Raises:
+            UsageError: as :meth:`stream`; or several are wanted of the one likeliest text.
+        """
+        names = inspect.signature(LM.stream).parameters
+        settings = {name: options.pop(name) for name in list(options) if name not in names}
+        sampling = sampling_of(settings, options.pop("sampling", None), names).seeded()
+        if n < 1 or (n > 1 and sampling.greedy):
+            why = "they would all be the same" if n > 1 else "at least 1 is needed"
+            raise UsageError(f"{n} samples at temperature {sampling.temperature}: {why}.")
+        results = []
+        for index in range(n):
+            stream = self.stream(prompt, sampling=sampling.stream(index), **options)
+            stream.again = index > 0  # the prompt is known to its last token
+            for _ in stream:
+                pass
+            results.append(stream.result)
+        return results
+
+    def _prepare(
+        self, ids: Sequence[int], hierarchy: Hierarchy, *, continued: bool, again: bool
+    ) -> Cache:
+        """Returns the cache, knowing at most a prefix of ``ids``.
+
+        Its last token is only known where the same prompt is prefilled ``again``: elsewhere that
+        would be the state of a pass of decoding.
+        """
         boundaries = [*hierarchy.exit_layers, self.model.config.num_layers]
         if self._cache is None:
             self._cache = self.model.new_cache(boundaries)
         cache = self._cache
         shared = 0
-        if continued and cache.boundaries == boundaries:
-            for known, wanted in zip(self._known, ids[:-1], strict=False):
+        if (continued or again) and cache.boundaries == boundaries:
+            for known, wanted in zip(self._known, ids if again else ids[:-1], strict=False):
                 if known != wanted:
                     break
                 shared += 1
@@ -268,161 +278,9 @@ class LM:
             self._cache.truncate(length)
         for head in self._heads.values():
             head.truncate(length)
+        for separate in self._separate.values():
+            separate.cache.truncate(length)
         del self._known[length:]
-
-
-class Stream:
-    """One generation under way: iterate for text, read :attr:`result` at any time.
-
-    A stream is walked once; a second ``iter`` goes on where the first stopped. The model has one
-    cache, so starting a generation ends the one before: walking that on raises ``HispecError``.
-
-    Attributes:
-        result: what there is so far; complete once the iteration has ended.
-    """
-
-    def __init__(
-        self,
-        lm: LM,
-        prompt_ids: list[int],
-        hierarchy: Hierarchy,
-        limit: int,
-        stops: Sequence[str],
-        sampling: Sampling,
-        continued: bool,
-    ) -> None:
-        self._lm = lm
-        self._ids = prompt_ids
-        self._limit = limit
-        self._scanner = StopScanner(stops)
-        self._words = Detokenizer(lm.tokenizer)
-        self._sampling = sampling
-        self._continued = continued
-        self.result = Result(
-            num_prompt_tokens=len(prompt_ids),
-            hierarchy=hierarchy,
-            dtype=dtype_name(lm.model.dtype),
-            device=lm.model.device.type,
-            numerics="exact" if lm.model.exact else "fast",
-        )
-        self._pieces = self._run()
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    def _run(self) -> Iterator[str]:
-        result, lm = self.result, self._lm
-        try:
-            for token in self._tokens():
-                result.token_ids.append(token)
-                piece = self._scanner.add(self._words.add(token))
-                if self._scanner.hit:
-                    result.finish_reason = "stop"
-                elif token in lm.eos:
-                    result.finish_reason = "eos"
-                elif result.num_tokens == self._limit:
-                    result.finish_reason = "length"
-                if result.finish_reason != "interrupted":
-                    if not self._scanner.hit:
-                        piece += self._scanner.add(self._words.finish())
-                        piece += self._scanner.finish()
-                    result.text += piece
-                    if piece:
-                        yield piece
-                    return
-                if piece:
-                    result.text += piece
-                    yield piece
-        finally:
-            self._settle()
-
-    def _settle(self) -> None:
-        """Leaves a prefix of what was emitted in the cache, and not the last token.
-
-        Where a round went further depends on the hierarchy and must not show, whatever ended it.
-        """
-        lm = self._lm
-        if lm._stream is self:
-            lm._stream = None
-            lm._truncate(len(self._ids) + max(self.result.num_tokens - 1, 0))
-
-    def _tokens(self) -> Iterator[int]:
-        """Yields tokens without end; keeps the counts."""
-        result, lm = self.result, self._lm
-        model = lm.model
-        if lm._stream is not None:  # left unfinished, and perhaps not yet collected
-            lm._stream._settle()
-        lm._stream = self
-        started = time.perf_counter()
-        with torch.inference_mode():
-            cache = lm._prepare(self._ids, result.hierarchy, self._continued)
-            tokens = lm._known
-            tokens[:] = self._ids
-            model.prefill(cache, tokens)
-            heads = [lm.head(boundary) for boundary in cache.boundaries]
-            last = len(tokens) - 1
-            first = self._sampling.pick(heads[-1].logits(cache, last, last), last + 1)[0]
-            tokens.append(first)
-        decoder = Decoder(model, cache, tokens, result.hierarchy, heads, self._sampling, lm.eos)
-        result.levels = [level.counts for level in decoder.levels]
-        result.prefill_s = time.perf_counter() - started
-        yield first
-        started = time.perf_counter()
-        while True:
-            if lm._stream is not self:
-                raise HispecError(
-                    "another generation was started with this model, which ended this stream. "
-                    "Walk one stream to its end before the next, or load the model twice."
-                )
-            with torch.inference_mode():
-                committed = decoder.round(self._limit - result.num_tokens)
-            result.decode_s = time.perf_counter() - started
-            target = decoder.levels[-1].counts
-            result.passes = target.passes
-            result.layer_visits = sum(level.layer_visits for level in result.levels)
-            result.committed += len(committed)
-            yield from committed
-
-
-def load(
-    model: str | Path,
-    *,
-    exits: str | Path | None = None,
-    dtype: str = "auto",
-    device: str = "auto",
-    numerics: str = "exact",
-    force_exits: bool = False,
-) -> LM:
-    """Returns a model ready to generate.
-
-    Args:
-        model: a hub id, a folder, a ``.gguf`` file, or ``smollm2-135m``.
-        exits: a folder of trained exits; those shipped for these weights are found by themselves.
-        dtype: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
-        device: ``auto``, ``cpu`` or ``cuda``.
-        numerics: ``exact``: every hierarchy yields the very tokens of plain decoding. ``fast``: up
-            to rounding ties.
-        force_exits: use exits trained on other weights; the output stays right, the speed may not.
-
-    Raises:
-        UsageError: an argument names something that does not exist or does not fit.
-        CheckpointError: the model cannot be found, read or understood.
-    """
-    if numerics not in ("exact", "fast"):
-        raise UsageError(f"unknown numerics {numerics!r}. Use exact or fast.")
-    choice = choose(device, dtype)
-    checkpoint = open_checkpoint(str(model))
-    if exits is None:
-        trained = shipped_exits(checkpoint)
-    else:
-        trained = Exits.open(Path(exits))
-        trained.check_base(checkpoint, force=force_exits)
-    exact = numerics == "exact"
-    with torch.inference_mode():
-        llama = Llama.load(checkpoint, choice.dtype, choice.device, exact=exact)
-        if exact:
-            llama.narrow.min_width = cached_min_width(llama)
-    return LM(checkpoint, llama, trained)
 
 
 def generate(lm: LM, prompt: Prompt, **options: Any) -> Result:

@@ -59,16 +59,18 @@ class StopScanner:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
         self.hit = False
+        self.stop = ""  # the one that came
 
     def add(self, piece: str) -> str:
         """Returns the text that is certain to come before any stop string."""
         if self.hit:
             return ""
         text = self._held + piece
-        found = [at for at in map(text.find, self._stops) if at >= 0]
+        found = [(at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
+            at, self.stop = min(found)
             self.hit, self._held = True, ""
-            return text[: min(found)]
+            return text[:at]
         hold = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]

@@ -1,58 +1,94 @@
 """A draft tree: the root, the last committed token, and what may come after it.
 
 Nodes are numbered in the order they were drafted, so a parent precedes its children and node 0 is
-the root. A chain is a tree in which node ``i + 1`` is the child of node ``i``.
+the root; siblings differ. A chain is a tree in which node ``i + 1`` is the child of node ``i``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
-from hispec_kernels import follow as follow_op
+from hispec.model.nodes import Nodes
 
 
 class Tree:
     """Drafted tokens below a root.
 
     Attributes:
-        tokens: N ids; ``tokens[0]`` is the root.
-        parents: N node numbers; the root is its own parent.
+        tokens: N ids; ``tokens[0]`` is the root's.
+        origins: N names of the level or source that put a token there; the root's is empty.
+        values: N estimated chances that the text gets to a node; the root's is 1.
+        nodes: parents, depths and places in the cache.
     """
 
-    __slots__ = ("parents", "tokens")
+    __slots__ = ("_children", "nodes", "origins", "tokens", "values")
 
-    def __init__(self, root: int) -> None:
+    def __init__(self, root: int, position: int = 0) -> None:
+        """Plants ``root``, a token id, at an absolute ``position``."""
         self.tokens = [root]
-        self.parents = [0]
+        self.origins = [""]
+        self.values = [1.0]
+        self.nodes = Nodes(position)
+        self._children: dict[tuple[int, int], int] = {}
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def append(self, token: int) -> None:
-        """Adds ``token`` as the child of the newest node."""
-        self.parents.append(len(self.tokens) - 1)
+    def append(self, token: int, parent: int, origin: str = "", value: float = 0.0) -> int:
+        """Adds ``token`` below the node ``parent``, which has no such child; returns its number."""
+        assert (parent, token) not in self._children, "siblings differ"
+        node = self.nodes.append(parent)
         self.tokens.append(token)
+        self.origins.append(origin)
+        self.values.append(value)
+        self._children[parent, token] = node
+        return node
 
-    def truncate(self, nodes: int) -> None:
-        """Keeps the first ``nodes`` nodes, at least the root."""
-        assert nodes >= 1, "a tree keeps its root"
-        del self.tokens[nodes:], self.parents[nodes:]
+    def child(self, node: int, token: int) -> int | None:
+        """Returns the child of ``node`` that holds ``token``, if there is one."""
+        return self._children.get((node, token))
+
+    def path(self, node: int) -> list[int]:
+        """Returns the ids below the root down to ``node``; none for the root itself."""
+        return [self.tokens[at] for at in self.nodes.path(node)[1:]]
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Keeps these nodes alone and renumbers them: ascending, from the root, with their parents.
+
+        Args:
+            kept: node numbers; ``kept[0]`` is 0.
+        """
+        assert kept[0] == 0, "a tree keeps its root"
+        self.nodes.keep(kept)
+        self.tokens = [self.tokens[node] for node in kept]
+        self.origins = [self.origins[node] for node in kept]
+        self.values = [self.values[node] for node in kept]
+        self._children = {
+            (self.nodes.parents[node], self.tokens[node]): node for node in range(1, len(kept))
+        }
 
 
 def follow(tree: Tree, picks: Sequence[int], first: int = 0) -> tuple[list[int], int]:
     """Walks down from node ``first`` for as long as a child equals the pick at its parent.
 
+    The only verification rule: greedy or sampled, chain or tree. ``hispec_kernels.follow`` is the
+    same walk on tensors.
+
     Args:
         tree: what was drafted.
-        picks: a level's pick after each of the nodes ``first``, …, ``len(tree) - 1``.
-        first: the last node this level already stands behind; all later ones descend from it.
+        picks: a level's pick after each of the nodes ``first``, …, ``len(tree) - 1``; only those
+            that the walk reaches are read.
+        first: the last node this level already stands behind.
 
     Returns:
         The accepted nodes below ``first``, in order, and the pick after the last of them.
     """
-    tokens = torch.tensor(tree.tokens[first:])
-    parents = torch.tensor(tree.parents[first:]).sub_(first).clamp_(min=0)
-    path, token = follow_op(tokens, parents, torch.tensor(picks))
-    return (path + first).tolist(), int(token)
+    path: list[int] = []
+    node = first
+    while True:
+        token = picks[node - first]
+        child = tree.child(node, token)
+        if child is None:
+            return path, token
+        path.append(child)
+        node = child

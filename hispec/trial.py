@@ -12,6 +12,7 @@ import torch
 
 from hispec.generation import LM
 from hispec.hierarchy import AR
+from hispec.model.nodes import Nodes
 from hispec.sampling import Sampling
 
 _PROMPTS = (
@@ -48,7 +49,7 @@ def agreement(
                 lm.model.prefill(cache, known[:-1])
                 for layer, head in heads.items():
                     lm.model.advance(cache, known, root + 1, layer)
-                    logits = head.logits(cache, root, root)
+                    logits = head.logits(cache, root, Nodes(root))
                     agreed[layer] += greedy.pick(logits, root + 1, head.vocab_ids)[0] == token
                 tried += 1
                 known.append(token)

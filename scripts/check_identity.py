@@ -43,7 +43,7 @@ from hispec.bench.prompts import Prompt, load_prompts
 from hispec.bench.provenance import collect, cpu_name
 from hispec.generation import LM
 from hispec.hierarchy import Hierarchy, Level
-from hispec.model.passes import MAX_WIDTH
+from hispec.model.nodes import MAX_WIDTH
 from hispec.model.store import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,27 @@ import pytest
 import torch
 from helpers.tiny_llama import save_tiny_llama
 
+from hispec.model.store import cache_dir
+
+if not torch.cuda.is_available():  # read when a kernel is defined, so before any is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def _own_cache() -> None:
+    """Gives the tests a cache folder of their own: what earlier runs or the user's texts have
+    taught must not help them, nor theirs the user. What is slow to build is the user's."""
+    home = tempfile.TemporaryDirectory(prefix="hispec-tests-")
+    atexit.register(home.cleanup)
+    for name in ("native", "converted", "digests", "wheels"):
+        (cache_dir() / name).mkdir(parents=True, exist_ok=True)
+        (Path(home.name) / name).symlink_to(cache_dir() / name)
+    os.environ["HISPEC_HOME"] = home.name
+
+
+_own_cache()
 
 
 @pytest.fixture(scope="session")

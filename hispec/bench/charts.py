@@ -10,7 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+from hispec.hierarchy import SOURCES
+
 Entry = Mapping[str, Any]
+
+#: What drafts without running the model, in the order of colours; the last two are Lookahead's.
+DATABASES = (*SOURCES, "pool", "window")
 
 
 class Bar(NamedTuple):
@@ -152,9 +157,11 @@ def heat(
 
 
 def level_class(name: str, exits: Sequence[str]) -> str:
-    """Returns the colour class of a level: exits from the shallowest up, then the target."""
+    """Returns the colour class of a level or source: exits from the shallowest up."""
     if name in exits:
         return f"exit{min(exits.index(name), 3)}"
+    if name in DATABASES:
+        return f"source{DATABASES.index(name) % len(SOURCES)}"
     return {"target": "target", "prefill": "prefill"}.get(name, "rest")
 
 

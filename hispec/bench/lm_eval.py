@@ -16,7 +16,8 @@ from lm_eval.api.registry import register_model
 from tqdm import tqdm
 
 from hispec.errors import HispecError
-from hispec.generation import Result, load
+from hispec.loading import load
+from hispec.result import Result
 from hispec.sampling import Sampling
 
 

@@ -12,13 +12,14 @@ NOTHING = "-"
 
 
 def render(document: Document) -> str:
-    """Returns the tables of a run: methods, categories, levels, divergences, conditions."""
+    """Returns the tables of a run, and the conditions it was made under."""
     parts = [
         conditions(document),
         methods_table(document),
         footnotes(document),
         categories_table(document),
         levels_table(document),
+        sources_table(document),
         divergences_table(document),
         rouge_table(document),
     ]
@@ -158,6 +159,31 @@ def levels_table(document: Document) -> str:
         return ""
     head = ["method", "level", "drafted", "accepted", "accepted by position", "share of time"]
     return "Levels: what each handed up, what the next one made of it\n\n" + table(head, rows)
+
+
+def sources_table(document: Document) -> str:
+    """Returns what each database put into trees, and what of it stood."""
+    head, rows = source_rows(document)
+    return "Sources: what each put into the tree\n\n" + table(head, rows) if rows else ""
+
+
+def source_rows(document: Document) -> tuple[list[str], list[list[str]]]:
+    """Returns heads and one row a method and source."""
+    rows = [
+        [
+            name,
+            source["name"],
+            str(source["proposed"]),
+            str(source["accepted"]),
+            _percent(source["acceptance_rate"]),
+            _percent(source["accepted"] / entry["tokens"] if entry["tokens"] else None),
+            _percent(entry["time_share"].get(source["name"])),
+        ]
+        for name, entry in document["methods"].items()
+        for source in entry.get("sources", [])
+    ]
+    head = ["method", "source", "proposed", "accepted", "rate", "of all tokens", "share of time"]
+    return head, rows
 
 
 def divergences_table(document: Document) -> str:

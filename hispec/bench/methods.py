@@ -1,8 +1,9 @@
 """Methods: small objects with one call, from a question to token ids and what they cost.
 
 A method of ours is a hierarchy run by the engine. All of them share one prefill a question: it
-keeps the states of every exit any of them uses, and each starts from there. What an exit head must
-catch up on in the prompt is done, and timed, by the method that needs it.
+keeps the states of every exit any of them uses, and each starts from there. What an exit head or a
+separate model must catch up on in the prompt is done, and timed as decoding, by the method that
+needs it.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import torch
 from torch import Tensor
 
 from hispec.bench.recorder import Recorder
+from hispec.drafter import Drafter
 from hispec.generation import LM
 from hispec.hierarchy import AR, MAX_WIDTH, Hierarchy
 from hispec.model.cache import Cache
 from hispec.model.llama import Llama
-from hispec.model.passes import TorchPasses
+from hispec.model.nodes import Nodes
+from hispec.model.torch_passes import TorchPasses
 from hispec.sampling import Sampling
 
 #: Seconds from an arbitrary start; waits for the device first.
@@ -55,7 +58,8 @@ class Outcome:
         layer_visits: (token, layer) pairs run after prefill.
         bytes_read: weights read after prefill.
         levels: see :class:`hispec.engine.LevelCounts`, as dictionaries.
-        origins: for each token the level that proposed it first; empty where it is not known.
+        origins: for each token the level or source that proposed it; empty where it is not known.
+        sources: see :class:`hispec.drafter.SourceCounts`, as dictionaries.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -68,6 +72,7 @@ class Outcome:
     bytes_read: int = 0
     levels: list[dict[str, Any]] = field(default_factory=list)
     origins: list[str] = field(default_factory=list)
+    sources: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Method(Protocol):
@@ -148,7 +153,7 @@ class Workbench:
                 lm.model.prefill(cache, question.ids)
                 last = len(question.ids) - 1
                 head = lm.head(lm.model.config.num_layers)
-                self.first = Sampling().pick(head.logits(cache, last, last), last + 1)[0]
+                self.first = Sampling().pick(head.logits(cache, last, Nodes(last)), last + 1)[0]
             self.prefill_s = self.clock() - started
             self._question = question
         # Drafts are only ever written behind the prompt, so its states are all still there: those
@@ -158,6 +163,8 @@ class Workbench:
         cache.computed.update(dict.fromkeys(boundaries, len(question.ids)))
         for boundary in self.boundaries:
             lm.head(boundary).truncate(0)
+        for level in hierarchy.models:
+            lm.separate(level.model).cache.truncate(0)
         return cache
 
     def logits_after(self, question: Question, answer: Sequence[int]) -> Tensor:
@@ -169,7 +176,11 @@ class Workbench:
                 end = min(len(tokens), cache.length + MAX_WIDTH)
                 self.lm.model.advance(cache, tokens, end, target)
             last = len(tokens) - 1
-            return self.lm.head(target).logits(cache, last, last)[0]
+            return self.lm.head(target).logits(cache, last, Nodes(last))[0]
+
+
+#: Returns what drafts after the prompt and the first token; None if nothing but exits does.
+Drafting = Callable[[Sequence[int]], Any]
 
 
 class Engine:
@@ -180,19 +191,34 @@ class Engine:
         name: its row.
         hierarchy: its levels.
         exact: the numerics it decodes in.
+        note: for the reader of the row.
+        decoder: the engine, or what a baseline makes of it.
+        drafting: what drafts below the levels; by default the hierarchy's databases.
+        settings: what else identifies it.
     """
 
     counts_ids = True
 
     def __init__(
-        self, bench: Workbench, name: str, hierarchy: Hierarchy, *, exact: bool = True
+        self,
+        bench: Workbench,
+        name: str,
+        hierarchy: Hierarchy,
+        *,
+        exact: bool = True,
+        note: str = "",
+        decoder: type[Recorder] = Recorder,
+        drafting: Drafting | None = None,
+        settings: dict[str, Any] | None = None,
     ) -> None:
         self.name = name
-        self.note = "" if exact else "fast numerics"
-        self.settings = {"hierarchy": hierarchy.to_json(), "exact": exact}
+        self.note = "; ".join(part for part in (note, "" if exact else "fast numerics") if part)
+        self.settings = {"hierarchy": hierarchy.to_json(), "exact": exact, **(settings or {})}
         self.hierarchy = hierarchy
         self.exact = exact
         self._bench = bench
+        self._decoder = decoder
+        self._drafting = drafting or self._databases
 
     def __call__(self, question: Question) -> Outcome:
         """See :class:`Method`."""
@@ -202,13 +228,27 @@ class Engine:
             with numerics(lm.model, exact=self.exact):
                 return self._decode(question, cache)
 
+    def _databases(self, tokens: Sequence[int]) -> Drafter | None:
+        """Afresh for every answer: nothing may be learnt from the prompts a method is judged by."""
+        drafter = self._bench.lm.drafter(self.hierarchy, learn=False)
+        if drafter:
+            drafter.begin(tokens)
+        return drafter
+
     def _decode(self, question: Question, cache: Cache) -> Outcome:
         bench, lm = self._bench, self._bench.lm
-        heads = [lm.head(boundary) for boundary in cache.boundaries]
+        levels = lm.levels(self.hierarchy, cache, len(question.ids))
         first = bench.first
         started = bench.clock()
-        decoder = Recorder(
-            lm.model, cache, [*question.ids, first], self.hierarchy, heads, Sampling(), lm.eos
+        drafter = self._drafting([*question.ids, first])
+        begun = bench.clock()
+        decoder = self._decoder(
+            levels,
+            [*question.ids, first],
+            self.hierarchy,
+            Sampling().picker(),
+            lm.eos,
+            drafter,
         )
         ids, committed = [first], 0
         while ids[-1] not in lm.eos and len(ids) < question.limit:
@@ -218,12 +258,12 @@ class Engine:
                 ids.append(token)
                 if token in lm.eos:
                     break
-        decode_s = bench.clock() - started
+        decode_s = bench.clock() - begun
         counts = [level.counts for level in decoder.levels]
         return Outcome(
             ids,
             1,
-            bench.prefill_s,
+            bench.prefill_s + begun - started,
             decode_s,
             counts[-1].passes,
             committed,
@@ -231,4 +271,5 @@ class Engine:
             decoder.bytes_read,
             [asdict(level) for level in counts],
             ["prefill", *decoder.origins[: len(ids) - 1]],
+            [asdict(source) for source in drafter.counts.values()] if drafter else [],
         )

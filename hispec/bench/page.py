@@ -13,6 +13,7 @@ from hispec.bench.tokens import token_views
 
 Document = dict[str, Any]
 STYLE = Path(__file__).parent.parent / "data" / "report.css"
+FEW = 12  # differing answers listed before the rest is folded away
 
 
 def render(document: Document, rows: Sequence[Row]) -> str:
@@ -35,6 +36,7 @@ def render(document: Document, rows: Sequence[Row]) -> str:
         _methods(document),
         _categories(document),
         _acceptance(document),
+        _sources(document),
         _time(document),
         token_views(document, rows),
         _differences(document),
@@ -179,6 +181,18 @@ def _acceptance(document: Document) -> str:
     )
 
 
+def _sources(document: Document) -> str:
+    head, rows = markdown.source_rows(document)
+    if not rows:
+        return ""
+    return section(
+        "What each source brought",
+        "Nodes a database put into draft trees, and those of them that were committed. A tree has "
+        "rivals for every place, so its rate is lower than a chain's.",
+        table(head, rows),
+    )
+
+
 def _time(document: Document) -> str:
     entries = {n: e for n, e in document["methods"].items() if e["time_share"]}
     exits = charts.exit_names(document["methods"])
@@ -197,11 +211,11 @@ def _time(document: Document) -> str:
     if not rows:
         return ""
     used = {level for entry in entries.values() for level in entry["time_share"]}
-    keys = [level for level in [*exits, "target", "other"] if level in used]
+    keys = [level for level in [*charts.DATABASES, *exits, "target", "other"] if level in used]
     return section(
         "Where the time goes",
         "Milliseconds a decoded token, by the level whose passes take them (lifting through lower "
-        "layers and heads included).",
+        "layers and heads included) or the source that looks up and learns.",
         charts.legend([(level, charts.level_class(level, exits)) for level in keys])
         + charts.stacks(rows, "ms"),
     )
@@ -217,7 +231,8 @@ def _differences(document: Document) -> str:
         "Token identity",
         "The first differing token of every answer that differs from plain decoding's. A tie is a "
         "difference between two logits so close that rounding decides.",
-        table(head, rows),
+        table(head, rows[:FEW])
+        + (_folded(f"{len(rows) - FEW} more", table(head, rows[FEW:])) if rows[FEW:] else ""),
     )
 
 
@@ -231,5 +246,8 @@ def _conditions(document: Document) -> str:
     asked = document["settings"]
     rows += [[key.replace("_", " "), str(asked[key])] for key in asked if key != "methods"]
     rows += [[name, str(value)] for name, value in asked["methods"].items()]
-    shown = f"<details><summary>All of them</summary>{table(['', ''], rows)}</details>"
-    return section("Conditions", "", shown)
+    return section("Conditions", "", _folded("All of them", table(["", ""], rows)))
+
+
+def _folded(summary: str, body: str) -> str:
+    return f"<details><summary>{summary}</summary>{body}</details>"

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hispec.bench.prompts import Prompt, read_lines
+from hispec.bench.prompts import Prompt
 from hispec.errors import HispecError, UsageError
+from hispec.jsonl import read_objects
 
 Row = Mapping[str, Any]
 
@@ -124,7 +125,7 @@ def load(name: str, place: str | None = None) -> list[Prompt]:
 def _rows(name: str, preset: Preset, place: str | None) -> Iterable[Row]:
     path = Path(place) if place else None
     if path and path.is_file():
-        return (row for _, row in read_lines(path))
+        return (row for _, row in read_objects(path))
     if path and not path.is_dir():
         raise UsageError(f"no data for {name} in {place}: it is neither a folder nor a file.")
     try:

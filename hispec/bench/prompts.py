@@ -12,14 +12,14 @@ and may have ``category``, ``id`` (or ``question_id``) and ``reference`` (a text
 
 from __future__ import annotations
 
-import gzip
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hispec.errors import UsageError
+from hispec.jsonl import read_objects
 
 BUILTIN = Path(__file__).parent.parent / "data" / "prompts.jsonl"
 
@@ -136,32 +136,6 @@ def spread(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
     return [prompts[index] for index in sorted(chosen)]
 
 
-def read_lines(path: Path) -> Iterable[tuple[int, dict[str, Any]]]:
-    """Yields the number and the object of every non-empty line of a JSONL file.
-
-    Raises:
-        UsageError: the file cannot be read, or a line is no JSON object.
-    """
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise UsageError(f"{path} line {number} is not JSON: {error}.") from None
-                if not isinstance(row, dict):
-                    raise UsageError(
-                        f"{path} line {number} should be an object, got {line.strip()[:40]}."
-                    )
-                yield number, row
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"cannot read {path}: {reason}.") from None
-
-
 def read_jsonl(path: Path) -> list[Prompt]:
     """Returns the prompts of a JSONL file.
 
@@ -170,7 +144,7 @@ def read_jsonl(path: Path) -> list[Prompt]:
     """
     prompts: list[Prompt] = []
     seen: dict[str, int] = {}
-    for number, row in read_lines(path):
+    for number, row in read_objects(path):
         try:
             prompt = parse(row, number)
         except UsageError as error:

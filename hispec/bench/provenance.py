@@ -15,7 +15,6 @@ import torch
 from hispec import __version__
 from hispec.generation import LM
 from hispec.model.device import dtype_name
-from hispec.model.passes import TorchPasses
 
 
 def collect(lm: LM) -> dict[str, Any]:
@@ -44,7 +43,7 @@ def collect(lm: LM) -> dict[str, Any]:
         "dtype": dtype_name(model.dtype),
         "device": model.device.type,
         "layers": config.num_layers,
-        "passes": "torch" if isinstance(model.narrow, TorchPasses) else "compiled",
+        "passes": model.narrow.name,
         "why_not_compiled": model.why_not_native,
         "weight_bytes": model.weight_bytes(),
         "kv_bytes_per_token": 2

@@ -2,71 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from typing import Any
 
 from hispec.engine import Decoder, _Level
-from hispec.hierarchy import Hierarchy
-from hispec.model.cache import Cache
 from hispec.model.config import ModelConfig
 from hispec.model.exits import ExitHead, TrainedHead
 from hispec.model.llama import Llama
-from hispec.sampling import Sampling
 
 
 class Recorder(Decoder):
     """Decodes exactly as ``Decoder`` does; a few list operations a step are all it adds.
 
     Attributes:
-        origins: for each committed token the level whose pick put it into the tree.
+        origins: for each committed token the level or source that put it into the tree.
         bytes_read: weights read by all passes so far.
     """
 
-    def __init__(
-        self,
-        model: Llama,
-        cache: Cache,
-        tokens: list[int],
-        hierarchy: Hierarchy,
-        heads: Sequence[ExitHead],
-        sampling: Sampling,
-        stops: Container[int] = (),
-    ) -> None:
-        super().__init__(model, cache, tokens, hierarchy, heads, sampling, stops)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self.origins: list[str] = []
         self.bytes_read = 0
-        self._nodes: list[str] = []  # the level of each node below the root
-        self._layer_bytes = layer_bytes(model.config, model.dtype.itemsize)
-        self._head_bytes = {x.boundary: head_bytes(model, x.head) for x in self.levels}
 
-    def round(self, limit: int) -> list[int]:
-        """See ``Decoder.round``."""
-        self._nodes = []
-        committed = super().round(limit)
-        self.origins += self._nodes
-        return committed
+    def commit(self) -> list[int]:
+        """See ``Decoder.commit``."""
+        self.origins += self.tree.origins[1:]
+        return super().commit()
 
-    def step(self, k: int) -> bool:
-        """See ``Decoder.step``, which ends with its level's own pick as the newest node."""
-        surplus = super().step(k)
-        self._nodes.append(self.levels[k].counts.name)
-        return surplus
+    def run(self, level: _Level) -> Any:
+        """See ``Decoder.run``."""
+        self.note_reads(level)
+        return super().run(level)
 
-    def keep(self, nodes: int, k: int) -> None:
-        """See ``Decoder.keep``."""
-        super().keep(nodes, k)
-        del self._nodes[nodes - 1 :]
-
-    def run(self, level: _Level) -> list[int]:
-        """See ``Decoder.run``; lifting reads the layers below once more."""
+    def note_reads(self, level: _Level) -> None:
+        """Counts the weights a level's pass is about to read; lifting reads those below too."""
         end, below = len(self.tokens) - 1 + len(self.tree), 0
-        for boundary in self.cache.boundaries:
-            if self.cache.computed[boundary] < end:
-                self.bytes_read += (boundary - below) * self._layer_bytes
-            if boundary == level.boundary:
+        runner = level.runner
+        model, cache = runner.model, runner.cache
+        layer = layer_bytes(model.config, model.dtype.itemsize)
+        for boundary in cache.boundaries:
+            if cache.computed[boundary] < end:
+                self.bytes_read += (boundary - below) * layer
+            if boundary == runner.boundary:
                 break
             below = boundary
-        self.bytes_read += self._head_bytes[level.boundary]
-        return super().run(level)
+        self.bytes_read += head_bytes(model, runner.head)
 
 
 def layer_bytes(config: ModelConfig, itemsize: int) -> int:

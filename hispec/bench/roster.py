@@ -9,14 +9,17 @@ from pathlib import Path
 
 import torch
 
+from hispec.bench import adadecode, lookahead
 from hispec.bench.baselines import HF, HFModel, LlamaCpp
 from hispec.bench.methods import Clock, Engine, Method, Workbench, numerics
 from hispec.errors import UsageError
 from hispec.generation import LM
 from hispec.hierarchy import AR, MAX_WIDTH, PRESETS, Hierarchy
-from hispec.model.passes import TorchPasses
+from hispec.model.torch_passes import TorchPasses
 
 HF_NAMES = ("hf", "hf-early-exit", "hf-prompt-lookup")
+#: Baselines on our engine, and so with its passes, cache and heads.
+OWN_NAMES = ("lookahead", "adadecode")
 LLAMA_CPP_NAMES = ("llama-cpp", "llama-cpp-lookup")
 
 #: A head that agrees with the target less often than this was not trained to be shared.
@@ -30,6 +33,7 @@ def build(
     clock: Clock | None = None,
     *,
     exact: bool = True,
+    levels: Sequence[str] = (),
 ) -> tuple[Workbench, list[Method]]:
     """Returns the methods in the order given, plain decoding in all its numerics before them.
 
@@ -39,26 +43,36 @@ def build(
         gguf: what llama.cpp would run.
         clock: times everything; the device's by default.
         exact: the numerics of our methods; plain decoding runs in both anyway.
+        levels: separate models: each hierarchy has a second row with them below its levels.
 
     Raises:
-        UsageError: an unknown name, with the nearest known one.
+        UsageError: an unknown name, with the nearest known one; or a model of another vocabulary.
     """
     others = [name for name in dict.fromkeys(names) if name not in ("ar", "ar-fast")]
     ours: dict[str, Hierarchy] = {}
     for name in others:
-        if name not in (*HF_NAMES, *LLAMA_CPP_NAMES):
+        if name == "adadecode":
+            ours[name] = adadecode.exits(lm)
+        elif name == "lookahead":
+            ours[name] = AR
+        elif name not in (*HF_NAMES, *LLAMA_CPP_NAMES):
             ours[name] = _hierarchy(lm, name)
+    over = [AR, *(found for name, found in ours.items() if name not in OWN_NAMES)]
+    over = [lm.hierarchy(found.over(levels)) for found in over] if levels else []
     bench = Workbench(lm, exits_of(ours.values()), clock)
     hf = HFModel(lm, clock)
     methods = plain_decoding(bench, fast="ar-fast" in names)
     for name in others:
-        if name in ours:
+        if name in OWN_NAMES:
+            methods.append(_own(bench, name, ours[name], exact=exact))
+        elif name in ours:
             row = Path(name).stem if name.endswith(".json") else name
             methods.append(Engine(bench, row, ours[name], exact=exact))
         elif name in LLAMA_CPP_NAMES:
             methods.append(_llama_cpp(lm, name, gguf))
         else:
             methods.append(_hf(lm, hf, name))
+    methods += [Engine(bench, found.name, found, exact=exact) for found in over]
     rows = [method.name for method in methods]
     twice = next((row for row in rows if rows.count(row) > 1), None)
     if twice:
@@ -94,7 +108,7 @@ def exits_of(hierarchies: Iterable[Hierarchy]) -> list[int]:
 
 
 def _hierarchy(lm: LM, name: str) -> Hierarchy:
-    known = [*PRESETS, *HF_NAMES, *LLAMA_CPP_NAMES, "ar-fast"]
+    known = [*PRESETS, *OWN_NAMES, *HF_NAMES, *LLAMA_CPP_NAMES, "ar-fast"]
     if not name.endswith(".json") and name not in known:
         near = difflib.get_close_matches(name, known, 1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
@@ -102,6 +116,29 @@ def _hierarchy(lm: LM, name: str) -> Hierarchy:
             f"unknown method {name!r}. {hint}Known: {', '.join(known)}, or a hierarchy's JSON file."
         )
     return lm.hierarchy(name)
+
+
+def _own(bench: Workbench, name: str, hierarchy: Hierarchy, *, exact: bool) -> Engine:
+    if name == "lookahead":
+        return Engine(
+            bench,
+            name,
+            hierarchy,
+            exact=exact,
+            note=lookahead.NOTE,
+            decoder=lookahead.LookaheadDecoder,
+            drafting=lookahead.Lookahead,
+            settings={"lookahead": [lookahead.WINDOW, lookahead.NGRAM, lookahead.GUESSES]},
+        )
+    return Engine(
+        bench,
+        name,
+        hierarchy,
+        exact=exact,
+        note=adadecode.note(hierarchy),
+        decoder=adadecode.AdaDecoder,
+        settings={"threshold": adadecode.THRESHOLD},
+    )
 
 
 def _hf(lm: LM, hf: HFModel, name: str) -> HF:

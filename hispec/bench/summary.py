@@ -104,7 +104,7 @@ class Summary:
                     [row for item in chosen for row in items[item]]
                 )
                 entry["prompts"] = len(chosen)
-                del entry["levels"], entry["time_share"]
+                del entry["levels"], entry["sources"], entry["time_share"]
                 record["by_category"][category] = entry
         return record
 
@@ -187,25 +187,39 @@ class Summary:
 def counts(rows: Sequence[Row]) -> dict[str, Any]:
     """Returns what a method did, from the raw counts of its rows."""
     levels: dict[str, dict[str, Any]] = {}
+    sources: dict[str, dict[str, Any]] = {}
     for row in rows:
         for level in row["levels"]:
             add_level(levels.setdefault(level["name"], {"name": level["name"]}), level)
+        for source in row.get("sources", []):
+            total = sources.setdefault(source["name"], {"name": source["name"]})
+            for key in ("proposed", "accepted", "time_s"):
+                total[key] = total.get(key, 0) + source[key]
+    for source in sources.values():
+        source["acceptance_rate"] = _over(source["accepted"], source["proposed"])
     for level in levels.values():
         level["acceptance_rate"] = _over(level["accepted"], level["drafted"])
     drafting = [level for level in levels.values() if level["drafted"]]
     decode_s = sum(row["decode_s"] for row in rows)
-    timed = {name: level["time_s"] for name, level in levels.items() if level["time_s"]}
+    parts = {**sources, **levels}
+    timed = {name: part["time_s"] for name, part in parts.items() if part["time_s"]}
     share = {name: time_s / decode_s for name, time_s in timed.items()} if decode_s else {}
     if share:
         share["other"] = max(1 - sum(share.values()), 0.0)
     committed = sum(row["committed"] for row in rows)
+    proposed = sum(source["proposed"] for source in sources.values())
+    accepted = sum(source["accepted"] for source in sources.values())
     return {
         "tokens": sum(row["num_tokens"] for row in rows),
         "block_efficiency": _over(committed, sum(row["passes"] for row in rows)),
-        # of what is handed to the target, how much it would have picked itself
-        "acceptance_rate": drafting[-1]["acceptance_rate"] if drafting else None,
+        # Of what is handed to the target, how much it would have picked itself; of a tree's nodes
+        # where databases alone draft.
+        "acceptance_rate": (
+            drafting[-1]["acceptance_rate"] if drafting else _over(accepted, proposed)
+        ),
         "layer_visits_per_token": _over(sum(row["layer_visits"] for row in rows), committed),
         "levels": list(levels.values()),
+        "sources": list(sources.values()),
         "time_share": share,
     }
 

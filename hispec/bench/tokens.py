@@ -1,4 +1,4 @@
-"""One answer, token by token, coloured by the level that proposed each first."""
+"""One answer, token by token, coloured by the level or source that proposed each."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def token_views(document: dict[str, Any], rows: Sequence[Row]) -> str:
         name
         for name, entry in document["methods"].items()
         if any(level["drafted"] for level in entry["levels"])
+        or any(source["proposed"] for source in entry.get("sources", []))
     ]
     drafting.sort(key=lambda name: -(document["methods"][name]["speedup"] or 0))
     shown = {
@@ -35,9 +36,9 @@ def token_views(document: dict[str, Any], rows: Sequence[Row]) -> str:
         return ""
     return (
         "<section><h2>Where each token came from</h2>"
-        f'<p class="said">The answer to {escape(str(item))}. A coloured token was drafted by an '
-        "exit and confirmed by every level above it; an uncoloured one is the target's own pick "
-        f"and cost a full pass.</p>{views}</section>"
+        f'<p class="said">The answer to {escape(str(item))}. A coloured token was drafted by '
+        "a database or an exit and confirmed by the target; an uncoloured one is the target's own "
+        f"pick and cost a full pass.</p>{views}</section>"
     )
 
 
@@ -60,7 +61,7 @@ def _view(name: str, row: Row, exits: Sequence[str], *, opened: bool) -> str:
     tally: Counter[str] = Counter(row["origins"])
     keys = [
         (f"{level}: {tally[level]}", charts.level_class(level, exits))
-        for level in [*exits, "target"]
+        for level in [*charts.DATABASES, *exits, "target"]
         if tally[level]
     ]
     return (

@@ -31,9 +31,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         default=METHODS,
         metavar="LIST",
-        help="of ar, layerskip, hispec, layerskip-paper, hispec-paper, auto, a hierarchy's JSON "
-        "file, hf, hf-early-exit, hf-prompt-lookup, llama-cpp, llama-cpp-lookup "
+        help="of ar, layerskip, hispec, layerskip-paper, hispec-paper, hd, auto, a hierarchy's "
+        "JSON file, lookahead, adadecode, hf, hf-early-exit, hf-prompt-lookup, llama-cpp, "
+        "llama-cpp-lookup "
         f"(default: {METHODS}); plain decoding always runs",
+    )
+    options.add_level(
+        parser,
+        "a smaller model of the same vocabulary (repeatable): every hierarchy, plain decoding too, "
+        "runs once more with it below its levels",
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="R")
     parser.add_argument("--out", metavar="DIR", help="the run's folder; an unfinished one goes on")
@@ -73,7 +79,7 @@ def main(args: argparse.Namespace) -> int:
     from hispec.bench.roster import build, gguf_of
 
     lm, exact = load_exact(args)
-    bench, methods = build(lm, names, gguf_of(args.model), exact=exact)
+    bench, methods = build(lm, names, gguf_of(args.model), exact=exact, levels=args.level)
     out = Path(args.out) if args.out else default_folder("bench", args.model)
     folder = execute(plan, out, bench, methods)
     document = write_report(folder)
@@ -94,9 +100,9 @@ def load_exact(args: argparse.Namespace) -> tuple[LM, bool]:
     """
     if args.numerics not in ("exact", "fast"):
         raise UsageError(f"unknown numerics {args.numerics!r}. Use exact or fast.")
-    return options.load_model(argparse.Namespace(**{**vars(args), "numerics": "exact"})), (
-        args.numerics == "exact"
-    )
+    # Models of --level stand in rows of their own, not below all that is named.
+    given = {**vars(args), "numerics": "exact", "level": ()}
+    return options.load_model(argparse.Namespace(**given)), args.numerics == "exact"
 
 
 def execute(plan: Any, out: Path, bench: Any, methods: Any) -> RunFolder:

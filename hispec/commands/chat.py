@@ -19,9 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Reads turns from stdin until it ends; returns the exit code."""
     settings = options.generation_settings(args)
+    from hispec.advice import outgrown  # torch: after the cheap checks
+
     lm = options.load_model(args)
     if not lm.tokenizer.chat_template:
         raise UsageError(f"{args.model} has no chat template. Use hispec generate --raw.")
+    options.ban_words(lm, args, settings)
     lm.hierarchy(settings["hierarchy"])  # a wrong exit is said before the first turn
     interactive = sys.stdin.isatty()
     if interactive:
@@ -52,6 +55,8 @@ def main(args: argparse.Namespace) -> int:
         messages.append({"role": "assistant", "content": stream.result.text})
         if args.stats:
             options.print_stats(stream.result)
+        if advice := outgrown(lm, stream.result):
+            print(f"hispec: {advice}", file=sys.stderr)
     return 0
 
 

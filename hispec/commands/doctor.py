@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M", help="also load this model and try its exits")
     parser.add_argument("--exits", metavar="DIR", help="trained exits (default: those shipped)")
     parser.add_argument("--force-exits", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--force-plan", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--dtype", default="auto", metavar="auto|bf16|fp16|fp32")
     parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
     parser.add_argument("--numerics", default="exact", help=argparse.SUPPRESS)
@@ -33,6 +34,7 @@ def main(args: argparse.Namespace) -> int:
 
     from hispec.model.device import choose, dtype_name
     from hispec.model.store import cache_dir
+    from hispec_kernels import gpu
 
     choice = choose(args.device, args.dtype)
     _row("device", f"{choice.device.type}, {dtype_name(choice.dtype)} ({choice.reason})")
@@ -40,6 +42,8 @@ def main(args: argparse.Namespace) -> int:
         _row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
     else:
         _row("gpu", torch.cuda.get_device_name())
+        why_no_kernels = gpu.why_not(choice.device)
+        _row("kernels", f"none: {why_no_kernels}" if why_no_kernels else "Triton's, in CUDA graphs")
     folder = cache_dir()
     writable = os.access(next(p for p in (folder, *folder.parents) if os.path.exists(p)), os.W_OK)
     _row("cache", f"{folder}{'' if writable else ' (not writable: set HISPEC_HOME)'}")
@@ -47,7 +51,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _model_report(args: argparse.Namespace) -> int:
-    from hispec.advice import break_even, costs, head_blocks
+    from hispec.advice import break_even, costs
     from hispec.commands.options import load_model
     from hispec.hierarchy import eighth_and_quarter
     from hispec.trial import agreement
@@ -71,7 +75,7 @@ def _model_report(args: argparse.Namespace) -> int:
     why = model.why_not_native
     _row(
         "passes",
-        f"compiled, weights in {model.layout} layout"
+        f"{model.narrow.name}, weights in {model.layout} layout"
         if not why
         else f"torch, operator by operator ({why})",
     )
@@ -83,8 +87,7 @@ def _model_report(args: argparse.Namespace) -> int:
     for layer in layers:
         hierarchy = lm.hierarchy("layerskip")
         single = type(hierarchy)((type(hierarchy.levels[0])(layer, 2),))
-        plain = config.num_layers + head_blocks(lm, config.num_layers)
-        needed = break_even(costs(lm, single), [2], plain)
+        needed = break_even(costs(lm, single), single)
         state = "trained" if needed is not None and rates[layer] > needed else "untrained or weak"
         limit = f"{needed:.0%}" if needed is not None else "over 100%"
         _row(

@@ -49,9 +49,11 @@ def read_block(
     """
 
     def fused(*names: str, bias: bool) -> Linear:
-        weight = torch.cat([read(f"{prefix}{name}.weight") for name in names])
-        offset = torch.cat([read(f"{prefix}{name}.bias") for name in names]) if bias else None
-        return Linear(weight, offset, layout)
+        weights = [read(f"{prefix}{name}.weight") for name in names]
+        offsets = [read(f"{prefix}{name}.bias") for name in names] if bias else []
+        if len(names) == 1:  # shared with whoever holds it
+            return Linear(weights[0], offsets[0] if bias else None, layout)
+        return Linear(torch.cat(weights), torch.cat(offsets) if bias else None, layout)
 
     attention, mlp = "self_attn.", "mlp."
     return Block(

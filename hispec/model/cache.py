@@ -1,13 +1,15 @@
-"""What the model remembers: keys, values and the hidden states at the exits, by absolute position.
+"""What the model remembers: keys, values and the hidden states at the exits, slot by slot.
 
-One owner of position. Each *boundary* (an exit's layer, or L) has a watermark ``computed[b]``: the
-number of leading positions that have run through ``layers[0:b]``, whose state there is stored.
-Deeper layers never know more than shallower ones: ``computed[4] ≥ computed[8] ≥ computed[30]``.
-Running a level means raising its watermark from the states stored at the one below, so no layer
-runs twice for a token; rejecting means lowering them all: ``truncate(length)``.
+One owner of place. Slots are the text's positions, and behind them those of a draft tree
+(:mod:`hispec.model.nodes`). Each *boundary* (an exit's layer, or L) has a watermark
+``computed[b]``: the number of leading slots that have run through ``layers[0:b]``, whose state
+there is stored. Deeper layers never know more than shallower ones: ``computed[4] ≥ computed[8] ≥
+computed[30]``. Running a level means raising its watermark from the states stored at the one below,
+so no layer runs twice for a token; rejecting means lowering them all: ``truncate(length)``, or
+``keep`` where nodes between others go.
 
-Nothing is ever erased: positions at and past a watermark hold leftovers that are masked until they
-are written again. The buffers cover the model's whole context from the start, but as untouched
+Nothing is ever erased: slots at and past a watermark hold leftovers that are masked until they are
+written again. The buffers cover the model's whole context from the start, but as untouched
 memory: on a CPU a page costs nothing before its first write.
 """
 
@@ -24,6 +26,7 @@ class KVCache:
     """Keys and values of ``layers`` blocks over ``capacity`` positions.
 
     Attributes:
+        storage: all of them, (L, 2, H_kv, S, D_h).
         keys: one (H_kv, S, D_h) tensor a layer.
         values: likewise.
     """
@@ -37,9 +40,9 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        storage = lazy_zeros((layers, 2, kv_heads, capacity, head_dim), dtype, device)
-        self.keys = [storage[i, 0] for i in range(layers)]
-        self.values = [storage[i, 1] for i in range(layers)]
+        self.storage = lazy_zeros((layers, 2, kv_heads, capacity, head_dim), dtype, device)
+        self.keys = [self.storage[i, 0] for i in range(layers)]
+        self.values = [self.storage[i, 1] for i in range(layers)]
         self.bytes_per_position = 2 * layers * kv_heads * head_dim * dtype.itemsize
 
 
@@ -91,6 +94,24 @@ class Cache:
         for boundary, known in self.computed.items():
             if known > length:
                 self.computed[boundary] = length
+
+    def keep(self, root: int, kept: Sequence[int]) -> None:
+        """After the call the slots from ``root`` on hold the states of the nodes ``kept``.
+
+        Keys and values are the passes' to move: see :meth:`hispec.model.llama.Llama.keep`.
+
+        Args:
+            root: the root's slot.
+            kept: ascending node numbers, the root's 0 first.
+        """
+        for boundary, known in self.computed.items():
+            stay = [node for node in kept if root + node < known]
+            if known > root:
+                self.computed[boundary] = root + len(stay)
+            first = next((new for new, node in enumerate(stay) if new != node), len(stay))
+            if first < len(stay):
+                states = self.states[boundary]
+                states[root + first : root + len(stay)] = states[[root + x for x in stay[first:]]]
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

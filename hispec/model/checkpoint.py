@@ -158,7 +158,8 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
     """The checkpoint, local, with every tensor of a Llama of its shape in place.
 
     Args:
-        model: A hub id, a folder, a ``.gguf`` file or an alias (``smollm2-135m``).
+        model: A hub id, a folder (of a LoRA adapter, too), a ``.gguf`` file or an alias
+            (``smollm2-135m``).
         revision: Branch, tag or commit, for a hub id.
 
     Raises:
@@ -168,11 +169,6 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
     folder = _local_folder(name, revision)
     config_path = folder / "config.json"
     if not config_path.exists():
-        if (folder / "adapter_config.json").exists():
-            raise CheckpointError(
-                f"{name} is a LoRA adapter, not a model: merge it into its base model with peft's "
-                "merge_and_unload() and save_pretrained() first."
-            )
         raise CheckpointError(f"{folder} has no config.json, so it is not a model folder.")
     config = read_config(_read_json(config_path, name), name)
     checkpoint = Checkpoint(name, folder, config, _tensor_files(folder, name))
@@ -244,13 +240,13 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def _local_folder(name: str, revision: str | None) -> Path:
-    from hispec.model import bundled
+    from hispec.model import adapter, bundled
 
     if not name:
         raise CheckpointError("The model's name is empty: give a folder or a hub id.")
     path = Path(name).expanduser()
     if path.is_dir():
-        return path.absolute()
+        return adapter.merged_folder(path) if adapter.is_adapter(path) else path.absolute()
     if path.suffix.lower() == ".gguf":
         from hispec.model.converted import convert_cached
 
@@ -264,12 +260,15 @@ def _local_folder(name: str, revision: str | None) -> Path:
         )
     if name.lower() in bundled.MODELS:
         return bundled.model_folder(name.lower())
+    if name.lower() in adapter.SHIPPED:
+        return adapter.merged_folder(adapter.SHIPPED[name.lower()])
     if _HUB_ID.fullmatch(name):
         return _hub_folder(name, revision)
     if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
         raise CheckpointError(f"There is no folder {name}: check the path.")
-    near = difflib.get_close_matches(name.lower(), list(bundled.MODELS), n=1)
-    hint = f"did you mean {near[0]}?" if near else f"or use {', '.join(bundled.MODELS)}."
+    names = [*bundled.MODELS, *adapter.SHIPPED]
+    near = difflib.get_close_matches(name.lower(), names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"or use {' or '.join(names)}."
     raise CheckpointError(
         f"There is no model {name!r}: give a folder, a .gguf file or a hub id such as "
         f"meta-llama/Llama-3.2-1B; {hint}"

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from hispec.errors import UsageError
+from hispec.errors import HispecError, UsageError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -55,6 +59,34 @@ def choose(device: str = "auto", dtype: str = "auto") -> Choice:
     if chosen is torch.float16 and place.type == "cpu":
         raise UsageError("fp16 needs a CUDA device. Use bf16 or fp32 on a CPU.")
     return Choice(place, chosen, f"{where}; dtype asked for")
+
+
+def upload(values: np.ndarray, device: torch.device) -> Tensor:
+    """Returns an array on the device; the host does not wait for work that runs there."""
+    tensor = torch.from_numpy(values)
+    if device.type != "cuda":
+        return tensor.to(device)
+    # From pageable memory the copy would wait; pinned blocks are kept by torch until it is over.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+@contextmanager
+def enough_memory(what: str, size: int, advice: str) -> Iterator[None]:
+    """Inside, running out of a GPU's memory raises ``HispecError`` that says what was needed.
+
+    Args:
+        what: is being allocated.
+        size: bytes it takes.
+        advice: what to do about it, a sentence's end.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        room = ""
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            room = f" and {torch.cuda.mem_get_info()[0] / 2**30:.1f} GiB are free"
+        raise HispecError(f"{what} needs {size / 2**30:.1f} GiB{room}: {advice}.") from None
 
 
 def cpu_has_bf16() -> bool:

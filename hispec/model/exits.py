@@ -8,8 +8,8 @@ A head is at most four steps, each left out where its tensors are missing:
     logits = rms(x, norm) head[vocab_ids]ᵀ      the model's own head, all rows or the frequent ones
 
 A checkpoint trained the LayerSkip way needs none of them: ``SharedHead`` is norm and head as they
-are. A head with a block keeps its keys and values under the cache's positions and catches up, when
-it is next asked, on the positions that passed its exit without it.
+are. A head with a block keeps its keys and values in the cache's slots and catches up, when it is
+next asked, on those that passed its exit without it.
 
 *Deep context.* Positions p before the root r have been through the whole model, so their final
 states h_L(p) are known, and with them what the target has concluded about the past. A block trained
@@ -19,11 +19,17 @@ receives through the map of its distance from the root.
     k(p), v(p) = W_kv rms(proj u(p)) + C_kv rms(h_L(p))                           p < r
     x(t) = proj u(t) + bias + F_j rms(h_L(r − 1))                      t ≥ r, j = min(t − r, K − 1)
 
-Heads only draft: nothing they compute reaches the output.
+So much of what a layer would find out is known already that e may be 0: u is the token's embedding,
+and a draft costs the head alone (what EAGLE, arXiv 2401.15077, is to its target).
+
+Heads only draft: nothing they compute reaches the output. So their weights may be less exact than
+the model's (``draft_layout``), and the compiled library runs a whole head in one call
+(:mod:`hispec.model.compiled_head`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -34,15 +40,17 @@ import torch
 from torch import Tensor
 
 from hispec.errors import CheckpointError, UsageError
-from hispec.hierarchy import Hierarchy
+from hispec.hierarchy import Hierarchy, untuned
+from hispec.model.adapter import block_of_layer
 from hispec.model.block import Block, read_block
 from hispec.model.cache import Cache, KVCache
 from hispec.model.checkpoint import Checkpoint
+from hispec.model.compiled_head import CompiledHead
 from hispec.model.linear import Linear
 from hispec.model.llama import PREFILL_CHUNK, Llama
-from hispec.model.passes import MAX_WIDTH, Passes
+from hispec.model.nodes import MAX_WIDTH, Nodes
+from hispec.model.passes import Asked, Found, Passes
 from hispec.model.tensorfile import TensorFile
-from hispec_kernels import rms_norm
 
 FORMAT = "hispec-exits"
 
@@ -58,16 +66,23 @@ class ExitHead(Protocol):
     exit_layer: int
     vocab_ids: Tensor | None
 
-    def logits(self, cache: Cache, first: int, root: int) -> Tensor:
-        """Returns logits after the positions ``first`` … ``cache.computed[exit_layer] - 1``.
+    def logits(self, cache: Cache, first: int, nodes: Nodes) -> Tensor:
+        """Returns logits after the slots ``first`` … ``cache.computed[exit_layer] - 1``.
 
         Args:
             cache: holds this exit's states.
-            first: absolute position of the first row wanted.
-            root: absolute position of the round's root; positions before it are final.
+            first: slot of the first row wanted.
+            nodes: the round's tree; positions before its root are final.
 
         Returns:
             (T, V) or (T, V_r).
+        """
+        ...
+
+    def best(self, cache: Cache, first: int, nodes: Nodes, asked: Asked) -> Found:
+        """Returns each row's best ids and their odds, (T, k) each, best first.
+
+        Where the passes do not go from states to ids in one step, what :meth:`logits` returns.
         """
         ...
 
@@ -85,11 +100,18 @@ class SharedHead:
         self.model = model
         self.exit_layer = exit_layer
 
-    def logits(self, cache: Cache, first: int, root: int) -> Tensor:
+    def logits(self, cache: Cache, first: int, nodes: Nodes) -> Tensor:
         """See :class:`ExitHead`."""
         return self.model.logits(
             cache.states[self.exit_layer][first : cache.computed[self.exit_layer]]
         )
+
+    def best(self, cache: Cache, first: int, nodes: Nodes, asked: Asked) -> Found:
+        """See :class:`ExitHead`."""
+        model = self.model
+        x = cache.states[self.exit_layer][first : cache.computed[self.exit_layer]]
+        best = model.narrow.best(model.head, x, model.norm, asked, None)
+        return model.logits(x) if best is None else best
 
     def truncate(self, length: int) -> None:
         """Nothing is stored."""
@@ -119,7 +141,7 @@ class TrainedHead:
             return tensors[name].to(device=model.device, dtype=model.dtype)
 
         def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
-            return Linear(weight, bias, model.layout)
+            return Linear(weight, bias, model.draft_layout)
 
         self.proj: Linear | None = None
         if "proj.weight" in tensors:
@@ -132,9 +154,9 @@ class TrainedHead:
             self.vocab_ids = tensors["vocab_ids"].to(device=model.device, dtype=torch.int64)
             self.head = linear(head_rows(self.vocab_ids))
         self.block: Block | None = None
-        self.context: Linear | None = None  # final states → keys and values
+        self.context: tuple[Linear, Linear] | None = None  # states here and final ones → KV
         self.kv: KVCache | None = None
-        self.known = 0  # positions in kv
+        self.known = 0  # slots in kv
         self.final = 0  # of these, leading ones made from final states
         if "block.self_attn.q_proj.weight" in tensors:
             config = replace(  # with the block's own biases, whatever the model's layers have
@@ -142,37 +164,47 @@ class TrainedHead:
                 attention_bias="block.self_attn.q_proj.bias" in tensors,
                 mlp_bias="block.mlp.gate_proj.bias" in tensors,
             )
-            self.block = read_block(read, "block.", config, model.layout)
+            self.block = read_block(read, "block.", config, model.draft_layout)
             if "block.context_k_proj.weight" in tensors:
-                pairs = (
-                    torch.cat([read(f"block.self_attn.{x}_proj.weight") for x in "kv"]),
-                    torch.cat([read(f"block.context_{x}_proj.weight") for x in "kv"]),
+                self.context = (  # D → 2 H_kv D_h each
+                    linear(torch.cat([read(f"block.self_attn.{x}_proj.weight") for x in "kv"])),
+                    linear(torch.cat([read(f"block.context_{x}_proj.weight") for x in "kv"])),
                 )
-                self.context = linear(torch.cat(pairs, dim=1))  # 2 D → 2 H_kv D_h
                 self.context_norm = read("block.context_layernorm.weight")
         self.feature: Linear | None = None
         if "feature_proj.weight" in tensors:
             self.feature = linear(read("feature_proj.weight"))
             self.feature_norm = read("feature_layernorm.weight")
-        self._feature_of: tuple[int, Tensor] = (-1, torch.empty(0))  # a root and what it receives
+        self.feature_of: tuple[int, Tensor] = (-1, torch.empty(0))  # a root and what it receives
+        self._compiled = CompiledHead.of(self)
 
-    def logits(self, cache: Cache, first: int, root: int) -> Tensor:
-        """See :class:`ExitHead`. A block first catches up on what it has not seen."""
+    def logits(self, cache: Cache, first: int, nodes: Nodes) -> Tensor:
+        """See :class:`ExitHead`."""
+        return self.model.narrow.project(self.head, self._last(cache, first, nodes), self.norm)
+
+    def best(self, cache: Cache, first: int, nodes: Nodes, asked: Asked) -> Found:
+        """See :class:`ExitHead`."""
+        if self._compiled and (found := self._compiled.best(cache, first, nodes, asked)):
+            return found
+        passes, x = self.model.narrow, self._last(cache, first, nodes)
+        best = passes.best(self.head, x, self.norm, asked, self.vocab_ids)
+        return passes.project(self.head, x, self.norm) if best is None else best
+
+    def _last(self, cache: Cache, first: int, nodes: Nodes) -> Tensor:
+        """The states before norm and vocabulary. A block first catches up on what is new to it."""
         states = cache.states[self.exit_layer]
         end = cache.computed[self.exit_layer]
-        self._receive(cache, root)
+        self._receive(cache, nodes.root)
         if self.block is None:
-            x = self._enter(states[first:end], first)
-        else:
-            x = self._through_block(cache, states, first, end, root)
-        return self.model.narrow.project(self.head, x, self.norm)
+            return self._enter(states[first:end], first, nodes)
+        return self._through_block(cache, states, first, end, nodes)
 
     def truncate(self, length: int) -> None:
         """See :class:`ExitHead`."""
         self.known = min(self.known, length)
         self.final = min(self.final, length)
-        if self._feature_of[0] > length:
-            self._feature_of = (-1, torch.empty(0))
+        if self.feature_of[0] > length:
+            self.feature_of = (-1, torch.empty(0))
 
     def _passes(self, rows: int) -> Passes:
         return self.model.narrow if rows <= MAX_WIDTH else self.model.wide
@@ -182,60 +214,63 @@ class TrainedHead:
 
     def _receive(self, cache: Cache, root: int) -> None:
         """Fetches the round's feature, once a root."""
-        if self.feature is not None and self._feature_of[0] != root:
+        if self.feature is not None and self.feature_of[0] != root:
             deep = cache.states[self.model.config.num_layers][root - 1 : root]
             rows = self.model.narrow.project(self.feature, deep, self.feature_norm)  # (1, K D)
-            self._feature_of = (root, rows.view(-1, deep.shape[1]))
+            self.feature_of = (root, rows.view(-1, deep.shape[1]))
 
-    def _enter(self, u: Tensor, position: int) -> Tensor:
-        """The block's input at ``position`` and after, none before the root."""
+    def _enter(self, u: Tensor, start: int, nodes: Nodes) -> Tensor:
+        """The block's input at the slots ``start`` and after."""
         x = self._project(u)
         if self.feature is None:
             return x
-        root, rows = self._feature_of
-        offsets = torch.arange(position - root, position - root + len(x), device=x.device)
-        return x + rows[offsets.clamp(0, len(rows) - 1)]
+        _, rows = self.feature_of
+        last, root = len(rows) - 1, nodes.root
+        places = [min(max(at - root, 0), last) for at in nodes.positions(start, start + len(x))]
+        return x + (rows[places] if len(places) > 1 else rows[places[0]])
 
     def _through_block(
-        self, cache: Cache, states: Tensor, first: int, end: int, root: int
+        self, cache: Cache, states: Tensor, first: int, end: int, nodes: Nodes
     ) -> Tensor:
         """Returns the block's output at ``first`` … ``end - 1``, its KV complete up to ``end``."""
+        self.memory()
+        if self.context is not None:
+            final = min(nodes.root, cache.length)
+            while self.final < final:
+                upto = min(final, self.final + PREFILL_CHUNK)
+                self._write_context(cache, self.final, upto)
+                self.final = upto
+        start = min(max(self.known, self.final), first)
+        while end - start > PREFILL_CHUNK:  # a prompt it has not seen
+            stop = min(first, start + PREFILL_CHUNK)
+            self._run_block(states[start:stop], start, nodes)
+            start = stop
+        x = self._run_block(states[start:end], start, nodes)
+        self.known = end
+        return x[first - start :]
+
+    def memory(self) -> KVCache:
+        """Returns the block's own keys and values."""
         if self.kv is None:
             model, config = self.model, self.model.config
             self.kv = KVCache(
                 1, config.num_kv_heads, config.head_dim, model.capacity, model.dtype, model.device
             )
-        if self.context is not None:
-            final = min(root, cache.length)
-            if self.final < final:
-                self._write_context(cache, self.final, final)
-                self.final = final
-        start = min(max(self.known, self.final), first)
-        while end - start > PREFILL_CHUNK:  # a prompt it has not seen
-            stop = min(first, start + PREFILL_CHUNK)
-            self._run_block(states[start:stop], start)
-            start = stop
-        x = self._run_block(states[start:end], start)
-        self.known = end
-        return x[first - start :]
+        return self.kv
 
-    def _run_block(self, u: Tensor, position: int) -> Tensor:
+    def _run_block(self, u: Tensor, start: int, nodes: Nodes) -> Tensor:
         assert self.block is not None and self.kv is not None
-        return self._passes(u.shape[0]).run(
-            [self.block], self._enter(u, position), position, self.kv, 0
-        )
+        x = self._enter(u, start, nodes)
+        return self._passes(len(u)).run([self.block], x, start, self.kv, 0, nodes)
 
     def _write_context(self, cache: Cache, start: int, end: int) -> None:
         """After the call keys and values at ``start`` … ``end - 1`` are those of final states."""
         assert self.context and self.kv and self.block
-        model, eps = self.model, self.model.config.rms_norm_eps
+        model, passes = self.model, self._passes(end - start)
         shallow = self._project(cache.states[self.exit_layer][start:end])
         deep = cache.states[model.config.num_layers][start:end]
-        both = [
-            rms_norm(x.float(), norm.float(), eps)
-            for x, norm in ((shallow, self.block.attention_norm), (deep, self.context_norm))
-        ]
-        kv = self._passes(end - start).project(self.context, torch.cat(both, -1))
+        kv = passes.project(self.context[0], shallow, self.block.attention_norm)
+        kv = kv + passes.project(self.context[1], deep, self.context_norm)
         model.narrow.store(kv, start, self.kv, 0)
 
 
@@ -247,7 +282,7 @@ class Exits:
         path: the folder.
         base: ``model``, ``revision`` and ``fingerprint`` of the checkpoint they were trained on.
         exit_layers: ascending.
-        best: hierarchies measured best with these exits, by preset name.
+        best: hierarchies by preset name: measured best with these exits, or to begin with.
         record: the whole document.
     """
 
@@ -278,13 +313,24 @@ class Exits:
             raise UsageError(f"{config} does not describe exits (format {FORMAT!r} expected).")
         try:
             layers = tuple(sorted(int(x["exit_layer"]) for x in record["exits"]))
-            best = {
-                name: Hierarchy.from_json(value, name)
-                for name, value in record.get("hierarchies", {}).items()
-            }
+            best = untuned(layers) if layers else {}
+            for name, value in record.get("hierarchies", {}).items():
+                best[name] = Hierarchy.from_json(value, name)
             return Exits(path, dict(record["base"]), layers, best, record)
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{config} is damaged: {error}.") from None
+
+    @property
+    def own(self) -> tuple[int, ...]:
+        """The exits at which the model's own norm and head were trained to work."""
+        return tuple(x["exit_layer"] for x in self.record["exits"] if x.get("kind") == "own")
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells these exits from others: what their config says of them, and their sizes."""
+        sizes = {file.name: file.stat().st_size for file in sorted(self.path.glob("*.safetensors"))}
+        said = json.dumps([self.record["base"], self.record["exits"], sizes], sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()[:16]
 
     def check_base(self, checkpoint: Checkpoint, *, force: bool = False) -> None:
         """Raises ``UsageError`` if these exits belong to other weights, unless forced."""
@@ -297,12 +343,15 @@ class Exits:
                 f"one."
             )
 
-    def head(self, exit_layer: int, model: Llama, checkpoint: Checkpoint) -> TrainedHead:
+    def head(self, exit_layer: int, model: Llama, checkpoint: Checkpoint) -> ExitHead:
         """Returns the head at one of ``exit_layers``.
 
         Raises:
             CheckpointError: its file is missing, damaged, or does not fit the model.
         """
+        entry = next(x for x in self.record["exits"] if x["exit_layer"] == exit_layer)
+        if exit_layer in self.own:  # the backbone was trained to use the model's own there
+            return SharedHead(model, exit_layer)
         file = TensorFile(self.path / f"exit_{exit_layer}.safetensors")
         tensors = {name: file.read(name) for name in file.entries}
 
@@ -313,6 +362,8 @@ class Exits:
             return rows.to(device=model.device, dtype=model.dtype)
 
         try:
+            if entry.get("kind") == "lora":
+                tensors = block_of_layer(tensors, checkpoint, entry["layer"])
             return TrainedHead(model, exit_layer, tensors, head_rows)
         except (KeyError, IndexError, RuntimeError) as error:
             raise CheckpointError(f"{file.path} does not fit this model: {error}.") from None

@@ -10,24 +10,31 @@ boundary below, from the states stored there.
 A prompt is prefilled in wide passes over chunks at fixed positions; everything after it runs in
 narrow passes whose rows round alike whatever their company. So a position's keys, values and logits
 depend on nothing but the tokens up to it, and plain decoding and speculation yield the same bits.
-Where bf16 weights lie in tiles the compiled passes run both; otherwise torch runs prefill.
+Where bf16 weights lie in tiles or pairs the compiled passes run both; otherwise torch runs prefill.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from hispec.errors import UsageError
 from hispec.model.block import Block, read_block
 from hispec.model.cache import Cache, KVCache
 from hispec.model.checkpoint import Checkpoint
 from hispec.model.config import ModelConfig
+from hispec.model.device import enough_memory
+from hispec.model.gpu import gpu_passes
 from hispec.model.linear import Layout, Linear, onednn_available
 from hispec.model.native import NativePasses, native_library
-from hispec.model.passes import MAX_WIDTH, Passes, Rotary, TorchPasses
+from hispec.model.nodes import MAX_WIDTH, Nodes
+from hispec.model.passes import Passes, Rotary
+from hispec.model.torch_passes import TorchPasses
 from hispec_kernels.attention import BUCKET
+from hispec_kernels.cpu import LAYOUTS
 
 #: Tokens a prefill pass takes, at absolute positions, whatever the hierarchy.
 PREFILL_CHUNK = 256
@@ -46,7 +53,7 @@ class Llama:
         exact: keep to shapes that round alike.
         narrow: runs the passes of decoding, up to ``MAX_WIDTH`` rows.
         wide: runs prefill, any number of rows; the same object where one way does both well.
-        why_not_native: why ``narrow`` is not the compiled way; empty if it is.
+        why_not_native: why ``narrow`` runs operator by operator; empty if it does not.
     """
 
     def __init__(
@@ -70,101 +77,149 @@ class Llama:
         self.device = norm.device
         self.capacity = -(-(config.max_positions + MAX_WIDTH) // BUCKET) * BUCKET
         self.rotary = Rotary(config, self.capacity)
-        library, self.why_not_native = native_library(config, self.dtype, self.device)
-        self.narrow: Passes
-        if library is not None and self.layout != "onednn":
-            self.narrow = NativePasses(config, self.rotary, self.dtype, library)
-        else:
-            self.narrow = self._torch_passes()
-        # Without tiles the compiled products are no match for a library's at a prompt's widths.
-        self.wide = self.narrow if self.layout == "tiles" else self._torch_passes()
+        self.narrow, self.why_not_native = self._narrow_passes()
+        #: Of weights that only draft.
+        self.draft_layout: Layout = getattr(self.narrow, "draft_layout", self.layout)
+        # On plain rows the compiled products are no match for a library's at a prompt's widths.
+        panels = self.layout in ("tiles", "pairs")
+        self.wide = self.narrow if panels else self._torch_passes()
 
     # ------------------------------------------------------------------ loading
 
     @staticmethod
     def load(
-        checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device, *, exact: bool = True
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        exact: bool = True,
+        layout: Layout | None = None,
+        context: int | None = None,
     ) -> Llama:
         """Returns the checkpoint's model in ``dtype`` on ``device``.
 
         One block is read at a time, so at most one block's weights exist twice.
 
+        Args:
+            checkpoint: where the weights are.
+            dtype: to compute in.
+            device: to compute on.
+            exact: keep to shapes that round alike.
+            layout: of the weights; by default the one read fastest here.
+            context: the most tokens a text may have; by default as many as the model was made for.
+
         Raises:
             CheckpointError: a tensor is missing, damaged, or of another shape than the config says.
+            UsageError: the model was not made for such a context.
+            HispecError: the weights do not fit into the GPU's memory.
         """
         config = checkpoint.config
-        layout = best_layout(config, dtype, device)
+        if context is not None:
+            if not 1 < context <= config.max_positions:
+                raise UsageError(
+                    f"context must be in [2, {config.max_positions}] for this model, got {context}."
+                )
+            config = replace(config, max_positions=context)
+        layout = layout or best_layout(config, dtype, device)
 
         def read(name: str) -> Tensor:
             return checkpoint.tensor(name).to(device=device, dtype=dtype)
 
-        tied = config.tie_word_embeddings
-        words = read("model.embed_tokens.weight")
-        head = Linear(words if tied else read("lm_head.weight"), layout=layout)
-        embedding = head if tied and layout != "onednn" else Linear(words)
-        del words
-        blocks = [
-            read_block(read, f"model.layers.{i}.", config, layout) for i in range(config.num_layers)
-        ]
-        return Llama(config, embedding, blocks, read("model.norm.weight"), head, exact=exact)
+        size = weight_bytes(config, dtype, tied=config.tie_word_embeddings)
+        advice = "use a smaller model, a narrower --dtype, or --device cpu"
+        with enough_memory("the model", size, advice):
+            tied = config.tie_word_embeddings
+            words = read("model.embed_tokens.weight")
+            head = Linear(words if tied else read("lm_head.weight"), layout=layout)
+            embedding = head if tied and layout != "onednn" else Linear(words)
+            del words
+            blocks = [
+                read_block(read, f"model.layers.{i}.", config, layout)
+                for i in range(config.num_layers)
+            ]
+            return Llama(config, embedding, blocks, read("model.norm.weight"), head, exact=exact)
+
+    def _narrow_passes(self) -> tuple[Passes, str]:
+        """Returns the fastest way to decode on this device; torch's, and why, where that is it."""
+        config, dtype, device = self.config, self.dtype, self.device
+        if device.type == "cuda":
+            kernels, why = gpu_passes(config, self.rotary, dtype, device, self.blocks[0])
+            return kernels or self._torch_passes(), why
+        library, why = native_library(config, dtype, device)
+        if library is not None:
+            native = NativePasses(config, self.rotary, dtype, library)
+            if native.layout == self.layout:
+                return native, why
+            why = f"the compiled passes read {native.layout} weights here"
+        return self._torch_passes(), why
 
     def _torch_passes(self) -> TorchPasses:
         return TorchPasses(self.config, self.rotary, self.dtype, self.device, exact=self.exact)
 
     def new_cache(self, boundaries: Sequence[int]) -> Cache:
-        """Returns an empty cache for the model's whole context, states kept at ``boundaries``."""
-        return Cache(
-            boundaries,
-            self.config.num_kv_heads,
-            self.config.head_dim,
-            self.config.hidden_size,
-            self.capacity,
-            self.dtype,
-            self.device,
-            state_dtype=self.narrow.state_dtype,
-        )
+        """Returns an empty cache for the model's whole context, states kept at ``boundaries``.
+
+        Raises:
+            HispecError: it does not fit into the GPU's memory.
+        """
+        config = self.config
+        size = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
+        size += len(boundaries) * config.hidden_size * self.narrow.state_dtype.itemsize
+        what = f"a cache for {config.max_positions} tokens of context"
+        with enough_memory(what, size * self.capacity, "give a shorter --context"):
+            return Cache(
+                boundaries,
+                config.num_kv_heads,
+                config.head_dim,
+                config.hidden_size,
+                self.capacity,
+                self.dtype,
+                self.device,
+                state_dtype=self.narrow.state_dtype,
+            )
 
     def weight_bytes(self) -> int:
         """Returns the bytes the weights take."""
-        config = self.config
-        heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
-        block = config.hidden_size * (heads + 3 * config.intermediate_size + 2)
-        copies = 1 if self.embedding is self.head else 2
-        vocabulary = copies * config.vocab_size * config.hidden_size
-        return (config.num_layers * block + vocabulary) * self.dtype.itemsize
+        return weight_bytes(self.config, self.dtype, tied=self.embedding is self.head)
 
     # ------------------------------------------------------------------ passes
 
     def advance(
-        self, cache: Cache, tokens: Sequence[int], upto: int, boundary: int, *, wide: bool = False
+        self,
+        cache: Cache,
+        tokens: Sequence[int],
+        upto: int,
+        boundary: int,
+        *,
+        nodes: Nodes | None = None,
+        wide: bool = False,
     ) -> int:
         """Raises the watermark of ``boundary`` to ``upto``; returns the layer visits it took.
 
-        Positions that lack the state of a lower boundary are lifted through the layers below first.
+        Slots that lack the state of a lower boundary are lifted through the layers below first.
 
         Args:
             cache: knows ``tokens[:cache.computed[b]]`` up to each boundary b.
-            tokens: ids from position 0 on, at least ``upto`` of them.
-            upto: absolute position, exclusive.
+            tokens: ids by slot, from 0 on, at least ``upto`` of them.
+            upto: a slot, exclusive.
             boundary: one of ``cache.boundaries``.
+            nodes: the tree in the slots from its root on; without one, slots are positions.
             wide: a prefill's pass.
         """
-        visits, below = 0, 0
+        visits, below, known = 0, 0, False
         for level in cache.boundaries:
             start = cache.computed[level]
             if start < upto:
                 rows = (
-                    self.embed(tokens[start:upto])
-                    if below == 0
-                    else cache.states[below][start:upto]
+                    self.embed(tokens[start:upto]) if not known else cache.states[below][start:upto]
                 )  # (W, D)
-                rows = self.run_layers(rows, below, level, start, cache.kv, wide=wide)
+                rows = self.run_layers(rows, below, level, start, cache.kv, nodes=nodes, wide=wide)
                 cache.states[level][start:upto] = rows
                 cache.computed[level] = upto
                 visits += (upto - start) * (level - below)
             if level == boundary:
                 break
-            below = level
+            below, known = level, True
         return visits
 
     def prefill(self, cache: Cache, tokens: Sequence[int]) -> int:
@@ -180,37 +235,75 @@ class Llama:
 
     def embed(self, tokens: Sequence[int]) -> Tensor:
         """Returns (T, D)."""
-        return self.embedding.take(torch.tensor(tokens, dtype=torch.int64, device=self.device))
+        return self.narrow.embed(self.embedding, tokens)
+
+    def keep(self, cache: Cache, root: int, kept: Sequence[int]) -> None:
+        """After the call the cache knows the tree's nodes ``kept`` alone, as if there had been no
+        others: they take the slots from ``root`` on, in order.
+
+        Args:
+            cache: knows a tree from slot ``root`` on.
+            root: the root's slot.
+            kept: node numbers, ascending, the root's 0 first and each with its ancestors. Where
+                they are the leading nodes, this is ``cache.truncate(root + len(kept))``.
+        """
+        known = max(cache.computed.values()) - root
+        moved = [(node, new) for new, node in enumerate(kept) if new < node < known]
+        if moved:
+            sources, targets = (
+                [root + node for node in nodes] for nodes in zip(*moved, strict=True)
+            )
+            self.narrow.move(cache.kv, sources, targets)
+        cache.keep(root, kept)
 
     def run_layers(
-        self, x: Tensor, start: int, stop: int, position: int, kv: KVCache, *, wide: bool = False
+        self,
+        x: Tensor,
+        start: int,
+        stop: int,
+        position: int,
+        kv: KVCache,
+        *,
+        nodes: Nodes | None = None,
+        wide: bool = False,
     ) -> Tensor:
         """Returns the states after ``layers[start:stop]``, their keys and values stored.
 
         Args:
-            x: (T, D), states after ``layers[0:start]`` of positions ``position``,
+            x: (T, D), states after ``layers[0:start]`` of the slots ``position``,
                 ``position + 1``, …
             start: first layer.
             stop: one past the last layer.
-            position: absolute position of the first row.
-            kv: holds these layers' keys and values for all earlier positions.
+            position: slot of the first row.
+            kv: holds these layers' keys and values for all earlier slots.
+            nodes: the tree in the slots from its root on; without one, slots are positions.
             wide: a prefill's pass; otherwise T is at most ``MAX_WIDTH``.
 
         Returns:
             (T, D).
         """
+        if start == stop:  # an exit before the first layer
+            return x
         assert wide or x.shape[0] <= MAX_WIDTH, "a narrow pass takes MAX_WIDTH rows"
         passes = self.wide if wide else self.narrow
-        return passes.run(self.blocks[start:stop], x, position, kv, start)
+        return passes.run(self.blocks[start:stop], x, position, kv, start, nodes)
 
     def logits(self, x: Tensor) -> Tensor:
         """Returns the vocabulary logits (T, V) of states after the last layer (T, D)."""
         return self.narrow.project(self.head, x, self.norm)
 
 
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, *, tied: bool) -> int:
+    """Returns the bytes a model's weights take; ``tied`` where head and embedding are one."""
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    block = config.hidden_size * (heads + 3 * config.intermediate_size + 2)
+    vocabulary = (1 if tied else 2) * config.vocab_size * config.hidden_size
+    return (config.num_layers * block + vocabulary) * dtype.itemsize
+
+
 def best_layout(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Layout:
     """Returns the layout of weights that decoding reads fastest on this device."""
     library, _ = native_library(config, dtype, device)
     if library is not None:
-        return "tiles" if dtype == torch.bfloat16 and library.bf16_tiles() else "plain"
+        return LAYOUTS[library.bf16_layout()] if dtype == torch.bfloat16 else "plain"
     return "onednn" if onednn_available(device, dtype) else "plain"

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import math
 import os
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hispec.model.block import Block
 from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig
-from hispec.model.linear import Linear
-from hispec.model.passes import Rotary
+from hispec.model.linear import Layout, Linear
+from hispec.model.nodes import MAX_WIDTH, Nodes
+from hispec.model.passes import Asked, Rotary
+from hispec.model.records import Table, shape_of, tree_of
 from hispec.model.store import cache_dir
 from hispec_kernels import cpu
 
@@ -47,7 +51,9 @@ def native_library(
 def _library() -> ctypes.CDLL:
     if os.environ.get("HISPEC_NATIVE", "1") == "0":
         raise cpu.BuildError("HISPEC_NATIVE=0")
-    return cpu.load_library(cache_dir() / "native")
+    library = cpu.load_library(cache_dir() / "native")
+    cpu.use(library)
+    return library
 
 
 class NativePasses:
@@ -62,6 +68,7 @@ class NativePasses:
         library: from :func:`native_library`.
     """
 
+    name = "compiled"
     state_dtype = torch.float32
     min_width = 1
 
@@ -70,35 +77,64 @@ class NativePasses:
     ) -> None:
         self._config = config
         self._rotary = rotary
-        self._tiles = dtype == torch.bfloat16 and bool(library.bf16_tiles())
+        #: Tells this library from others, as their passes take different times.
+        self.build = Path(library._name).stem
+        #: Of weights, and so of keys and values: see :meth:`by_position`.
+        self.layout: Layout = (
+            cpu.LAYOUTS[library.bf16_layout()] if dtype == torch.bfloat16 else "plain"
+        )
+        #: Of weights that only draft.
+        self.draft_layout: Layout = "bytes" if self.layout == "pairs" else self.layout
         kind = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
-        self._run = getattr(library, f"run_layers_{kind}")
-        self._project = getattr(library, f"project_{kind}")
+        # By whether weights are bytes.
+        kinds = {False: kind, True: "bytes"} if self.layout == "pairs" else {False: kind}
+        self._run = {key: getattr(library, f"run_layers_{x}") for key, x in kinds.items()}
+        self._project = {key: getattr(library, f"project_{x}") for key, x in kinds.items()}
+        self._draft = {key: getattr(library, f"draft_{x}") for key, x in kinds.items()}
+        self._best = {key: getattr(library, f"project_best_{x}") for key, x in kinds.items()}
+        self._embed = getattr(library, f"embed_{kind}")
+        self._store = getattr(library, f"store_rows_{kind}")
+        self._move = getattr(library, f"move_slots_{kind}")
         self._scratch = torch.empty(0)
         # A cache's layers as the library wants them; the fp32 norms live as long as the table.
-        self._tables: weakref.WeakKeyDictionary[KVCache, _Table] = weakref.WeakKeyDictionary()
+        self._tables: weakref.WeakKeyDictionary[KVCache, Table] = weakref.WeakKeyDictionary()
         self._norms: dict[int, tuple[Tensor, Tensor]] = {}
 
     def run(
-        self, blocks: Sequence[Block], x: Tensor, position: int, kv: KVCache, first: int
+        self,
+        blocks: Sequence[Block],
+        x: Tensor,
+        position: int,
+        kv: KVCache,
+        first: int,
+        nodes: Nodes | None = None,
     ) -> Tensor:
         """See :class:`~hispec.model.passes.Passes`."""
-        return self._call(blocks, x, position, None, kv, first)
+        bent = nodes is not None and not nodes.straight(position + len(x) - nodes.root)
+        tree = tree_of(nodes) if bent and nodes else None
+        return self._call(blocks, x, position, None, kv, first, tree)
 
     def run_texts(
-        self, blocks: Sequence[Block], x: Tensor, positions: Tensor, starts: Tensor, kv: KVCache
+        self,
+        blocks: Sequence[Block],
+        x: Tensor,
+        positions: Tensor,
+        starts: Tensor,
+        kv: KVCache,
+        first: int = 0,
     ) -> Tensor:
         """Returns the states after ``blocks`` of one new token of each of several texts.
 
         Args:
-            blocks: all of the cache's layers.
+            blocks: consecutive ones.
             x: (B, D).
             positions: (B,) int64, each token's place in its text.
             starts: (B,) int64, the cache position at which its text begins, a multiple of 128.
             kv: knows the texts' keys and values at ``starts + 0 … positions - 1``.
+            first: the first block's layer in ``kv``.
         """
         rows = torch.stack([positions, starts * self._config.head_dim], -1).contiguous()
-        return self._call(blocks, x, 0, rows.data_ptr(), kv, 0)
+        return self._call(blocks, x, 0, rows.data_ptr(), kv, first)
 
     def _call(
         self,
@@ -108,17 +144,13 @@ class NativePasses:
         rows: int | None,
         kv: KVCache,
         first: int,
+        tree: cpu.Nodes | None = None,
     ) -> Tensor:
-        config, width = self._config, x.shape[0]
-        table = self._tables.get(kv)
-        if table is None:
-            table = self._tables.setdefault(kv, _Table(config, kv))
+        width, table = x.shape[0], self._table(kv)
         threads = torch.get_num_threads()
-        per_row = (2 * (config.num_heads + config.num_kv_heads)) * config.head_dim
-        per_row += config.intermediate_size + threads * config.hidden_size
-        scratch = self._room((width + 16) * per_row)
+        scratch = self._room(self._layers_room(width, threads))
         x = x.to(torch.float32, copy=True).contiguous()  # the library works in place
-        self._run(
+        self._run[blocks[0].qkv.layout == "bytes"](
             table.layers(blocks, first),
             len(blocks),
             table.shape,
@@ -126,6 +158,7 @@ class NativePasses:
             width,
             position,
             rows,
+            tree,
             self._rotary.cos.data_ptr(),
             self._rotary.sin.data_ptr(),
             scratch,
@@ -133,19 +166,62 @@ class NativePasses:
         )
         return x
 
+    def embed(self, linear: Linear, tokens: Sequence[int]) -> Tensor:
+        """See :class:`~hispec.model.passes.Passes`; the result is fp32."""
+        if min(tokens) < 0 or max(tokens) >= linear.rows:
+            raise IndexError(f"token ids must be in [0, {linear.rows - 1}]")
+        ids = np.array(tokens, np.int64)
+        size = self._config.hidden_size
+        out = torch.empty(len(ids), size)
+        step = {"tiles": 32, "pairs": 2}.get(linear.layout, size)
+        self._embed(linear.weight.data_ptr(), size, step, ids.ctypes.data, len(ids), out.data_ptr())
+        return out
+
     def store(self, projected: Tensor, position: int, kv: KVCache, layer: int) -> None:
         """See :class:`~hispec.model.passes.Passes`."""
-        end = position + projected.shape[0]
-        keys, values = self._rotary.split_kv(projected, position, self._config.num_kv_heads)
-        kv.keys[layer][:, position:end] = keys.transpose(0, 1)
-        cells = kv.values[layer]
-        if not self._tiles:
-            cells[:, position:end] = values.transpose(0, 1)
-            return
-        heads, length, size = cells.shape
-        at = torch.arange(position, end)
-        blocks = cells.view(heads, length // 32, size, 32)  # a tile's rows: 32 positions of one d
-        blocks[:, at // 32, :, at % 32] = values.to(cells.dtype)  # (T, H_kv, D_h)
+        projected = projected.to(torch.float32).contiguous()
+        self._store(
+            kv.keys[layer].data_ptr(),
+            kv.values[layer].data_ptr(),
+            self._table(kv).shape,
+            projected.data_ptr(),
+            len(projected),
+            position,
+            self._rotary.cos.data_ptr(),
+            self._rotary.sin.data_ptr(),
+        )
+
+    def move(self, kv: KVCache, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """See :class:`~hispec.model.passes.Passes`."""
+        assert len(sources) == len(targets) <= MAX_WIDTH, "a tree has at most MAX_WIDTH nodes"
+        places = np.array([*sources, *targets], np.int64).reshape(2, -1)
+        self._move(
+            kv.storage.data_ptr(),
+            len(kv.keys),
+            self._table(kv).shape,
+            places[0].ctypes.data,
+            places[1].ctypes.data,
+            places.shape[1],
+            torch.get_num_threads(),
+        )
+
+    def by_position(self, cells: Tensor, kind: Literal["keys", "values"]) -> Tensor:
+        """Returns keys or values as (..., S, D_h), from such memory in the library's order.
+
+        With tiles, 32 positions of one dimension of a value lie together. With pairs, keys lie in
+        panels of 16 positions, (S / 16, D_h / 2, 16, 2), and values in panels of 16 dimensions for
+        each 128 positions, (S / 128, D_h / 16, 64, 16, 2).
+        """
+        *heads, length, size = cells.shape
+        if kind == "values" and self.layout == "tiles":
+            return cells.view(*heads, length // 32, size, 32).transpose(-1, -2).flatten(-3, -2)
+        if kind == "values" and self.layout == "pairs":
+            view = cells.reshape(-1, length // 128, size // 16, 64, 16, 2)
+            return view.permute(0, 1, 3, 5, 2, 4).reshape(cells.shape)
+        if kind == "keys" and self.layout == "pairs":
+            view = cells.view(*heads, length // 16, size // 2, 16, 2)
+            return view.transpose(-3, -2).flatten(-2).flatten(-3, -2)
+        return cells
 
     def project(self, linear: Linear, x: Tensor, norm: Tensor | None = None) -> Tensor:
         """See :class:`Passes`; the result is fp32."""
@@ -156,8 +232,9 @@ class NativePasses:
         threads = torch.get_num_threads()
         norm_pointer = None if norm is None else self._wide(norm).data_ptr()
         bias = None if linear.bias is None else self._wide(linear.bias).data_ptr()
-        self._project(
+        self._project[linear.layout == "bytes"](
             linear.weight.data_ptr(),
+            None if linear.scale is None else linear.scale.data_ptr(),
             bias,
             rows,
             size,
@@ -170,6 +247,120 @@ class NativePasses:
             threads,
         )
         return out
+
+    def best(
+        self, linear: Linear, x: Tensor, norm: Tensor, asked: Asked, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """See :class:`Passes`; None where noise ranks the ids."""
+        if asked.seed is not None:
+            return None
+        width, size = x.shape
+        rows, threads = linear.rows, torch.get_num_threads()
+        k = min(asked.k, rows)
+        x = x.to(torch.float32).contiguous()
+        found, odds = torch.empty(width, k, dtype=torch.int64), torch.empty(width, k)
+        # Logits live in memory that is used again: fresh pages cost as much as finding the best.
+        room = self._room(width * (rows + 2 + rows // 64) + threads * (width + 16) * size + 16)
+        scratch = room + 4 * width * (rows + 2 + rows // 64)
+        self._best[linear.layout == "bytes"](
+            linear.weight.data_ptr(),
+            None if linear.scale is None else linear.scale.data_ptr(),
+            rows,
+            size,
+            self._wide(norm).data_ptr(),
+            self._config.rms_norm_eps,
+            x.data_ptr(),
+            width,
+            k,
+            asked.temperature if asked.odds else 0.0,
+            None if ids is None else ids.data_ptr(),
+            found.data_ptr(),
+            odds.data_ptr(),
+            room,
+            scratch + (-scratch) % 64,
+            threads,
+        )
+        return found, odds
+
+    def draft(
+        self,
+        head: cpu.Head,
+        shape: cpu.Shape,
+        place: cpu.Place,
+        nodes: Nodes,
+        asked: Asked,
+        *,
+        rows: int,
+        late: int,
+        bytes_: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Returns a trained head's best ids and their odds, (T, k) each; see ``draft.inc.h``.
+
+        Args:
+            head: its weights.
+            shape: the model's, with the strides of the head's own cache.
+            place: what to work on.
+            nodes: the round's tree.
+            asked: what of it, without noise.
+            rows: slots the block has not seen.
+            late: positions that have become final.
+            bytes_: whether the weights are bytes.
+        """
+        config, threads = self._config, torch.get_num_threads()
+        width, columns = place.end - place.first, head.columns
+        k = min(asked.k, columns)
+        found, odds = torch.empty(width, k, dtype=torch.int64), torch.empty(width, k)
+        kv = 2 * config.num_kv_heads * config.head_dim
+        parts = (
+            width * (columns + 2 + columns // 64),
+            max(rows, late) * config.hidden_size + 2 * late * kv,
+            max(
+                self._layers_room(rows, threads),
+                threads * (max(rows, late) + 16) * config.hidden_size,
+            ),
+        )
+        aligned = [-(-part // 16) * 16 for part in parts]
+        room = self._room(sum(aligned))
+        tree = tree_of(nodes)
+        self._draft[bytes_](
+            head,
+            shape,
+            place,
+            tree,
+            None if nodes.straight(place.end - nodes.root) else tree,
+            self._rotary.cos.data_ptr(),
+            self._rotary.sin.data_ptr(),
+            k,
+            asked.temperature,
+            found.data_ptr(),
+            odds.data_ptr(),
+            room,
+            room + 4 * aligned[0],
+            room + 4 * (aligned[0] + aligned[1]),
+            threads,
+        )
+        return found, odds
+
+    def shape(self, kv: KVCache | None) -> cpu.Shape:
+        """Returns the model's sizes with the strides of a cache, if there is one."""
+        return shape_of(self._config, 0 if kv is None else kv.keys[0].stride(0))
+
+    def record(self, block: Block, kv: KVCache) -> cpu.Layer:
+        """Returns the addresses of a block that uses the only layer of a cache."""
+        table = self._table(kv)
+        table.layers([block], 0)
+        return table.first
+
+    def _layers_room(self, width: int, threads: int) -> int:
+        """Floats of scratch memory that running layers takes."""
+        config = self._config
+        per_row = (2 * (config.num_heads + config.num_kv_heads)) * config.head_dim
+        per_row += config.intermediate_size + threads * config.hidden_size
+        return (width + 16) * per_row
+
+    def _table(self, kv: KVCache) -> Table:
+        table = self._tables.get(kv)
+        return table or self._tables.setdefault(kv, Table(self._config, kv))
 
     def _wide(self, vector: Tensor) -> Tensor:
         """The fp32 copy of a small weight, made once."""
@@ -184,57 +375,3 @@ class NativePasses:
             self._scratch = torch.empty(floats + 16)
         address = self._scratch.data_ptr()
         return address + (-address) % 64
-
-
-class _Table:
-    """Addresses of a cache's layers and of the blocks that use them, as ``layer_t`` wants them."""
-
-    def __init__(self, config: ModelConfig, kv: KVCache) -> None:
-        keys = kv.keys[0]
-        self.shape = cpu.Shape(
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            keys.stride(0),
-            config.rms_norm_eps,
-            1.0 / math.sqrt(config.head_dim),
-        )
-        self._places = [
-            (k.data_ptr(), v.data_ptr()) for k, v in zip(kv.keys, kv.values, strict=True)
-        ]
-        self._layers = (cpu.Layer * len(self._places))()
-        self._blocks: list[Block | None] = [None] * len(self._places)
-        self._kept: list[Tensor] = []
-
-    def layers(self, blocks: Sequence[Block], first: int) -> int:
-        """Returns the address of the ``first`` layer's record, filled in for ``blocks``."""
-        for index, block in enumerate(blocks, first):
-            if self._blocks[index] is not block:
-                self._fill(index, block)
-        return cpu.address(self._layers, first)
-
-    def _fill(self, index: int, block: Block) -> None:
-        def wide(vector: Tensor | None) -> int | None:
-            if vector is None:
-                return None
-            self._kept.append(vector.float().contiguous())
-            return self._kept[-1].data_ptr()
-
-        keys, values = self._places[index]
-        self._layers[index] = cpu.Layer(
-            block.qkv.weight.data_ptr(),
-            block.output.weight.data_ptr(),
-            block.gate_up.weight.data_ptr(),
-            block.down.weight.data_ptr(),
-            wide(block.attention_norm),
-            wide(block.mlp_norm),
-            wide(block.qkv.bias),
-            wide(block.output.bias),
-            wide(block.gate_up.bias),
-            wide(block.down.bias),
-            keys,
-            values,
-        )
-        self._blocks[index] = block

@@ -8,20 +8,13 @@ block and the head at every width and takes what it sees.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
-import tempfile
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from hispec.errors import HispecError
 from hispec.model.llama import Llama
-from hispec.model.passes import MAX_WIDTH
-from hispec.model.store import cache_dir
+from hispec.model.measured import remembered
+from hispec.model.nodes import MAX_WIDTH
 
 
 def find_min_width(model: Llama) -> int:
@@ -79,53 +72,5 @@ def _results(model: Llama, rows: Tensor, position: int) -> tuple[Tensor, Tensor]
 
 def cached_min_width(model: Llama) -> int:
     """Returns :func:`find_min_width`'s answer, remembered per machine, library, dtype and shape."""
-    config = model.config
-    key = "|".join(
-        str(part)
-        for part in (
-            torch.__version__,
-            platform.machine(),
-            _processor(),
-            torch.get_num_threads(),
-            type(model.narrow).__name__,
-            model.device.type if model.device.type == "cpu" else torch.cuda.get_device_name(),
-            model.dtype,
-            config.hidden_size,
-            config.intermediate_size,
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-            config.vocab_size,
-            MAX_WIDTH,
-        )
-    )
-    name = hashlib.sha256(key.encode()).hexdigest()[:16]
-    path = cache_dir() / "numerics" / f"{name}.json"
-    try:
-        return int(json.loads(path.read_text())["min_width"])
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # not measured yet, or damaged: measure
-    width = find_min_width(model)
-    _remember(path, {"min_width": width, "measured_for": key})
-    return width
-
-
-def _remember(path: Path, record: dict) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump(record, file)
-        os.replace(temporary, path)
-    except OSError:
-        pass  # an unwritable cache costs a quarter of a second at the next start, nothing else
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "stepping")):
-                return line
-    except OSError:
-        pass
-    return platform.processor()
+    width = remembered("numerics", model, lambda: find_min_width(model))
+    return width if isinstance(width, int) and width >= 1 else find_min_width(model)

@@ -2,14 +2,15 @@
 
     run(blocks, x, position, kv)      states after the blocks, their keys and values stored
     project(linear, x, norm)          a product, after RMSNorm where a norm is given
+    move(kv, sources, targets)        a tree's kept nodes take the slots of those that go
 
-:class:`TorchPasses` does it operator by operator, on any device. :mod:`hispec.model.native` has the
-same face and one compiled call for all layers.
+:mod:`hispec.model.torch_passes` does it operator by operator, on any device,
+:mod:`hispec.model.native` in one compiled call for all layers on a CPU, :mod:`hispec.model.gpu` in
+one graph of Triton kernels.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -20,36 +21,78 @@ from hispec.model.block import Block
 from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig, rope_frequencies
 from hispec.model.linear import Linear
-from hispec_kernels import decode_attention, rms_norm, rope_write, rotate, swiglu
-from hispec_kernels.attention import BUCKET, ROWS
+from hispec.model.nodes import Nodes
+from hispec_kernels import rotate
 
-#: The widest pass of a round: the root and the tokens drafted after it.
-MAX_WIDTH = 32
+#: Logits, or the best ids and their odds.
+Found = Tensor | tuple[Tensor, Tensor]
+
+
+class Asked(NamedTuple):
+    """What is asked of a head whose logits nobody else has to see.
+
+    Attributes:
+        k: how many of the best ids.
+        temperature: divides the logits.
+        seed: of the noise that ranks them; None is without.
+        positions: where each row's token will stand.
+        odds: whether their odds are wanted; otherwise they are left at anything.
+    """
+
+    k: int
+    temperature: float
+    seed: int | None
+    positions: Sequence[int]
+    odds: bool = True
 
 
 class Passes(Protocol):
     """What a model asks of a way to run its blocks.
 
     Attributes:
+        name: of the way: ``torch``, ``compiled`` or ``triton``.
         state_dtype: dtype of hidden states between calls.
         min_width: the narrowest pass that rounds like all wider ones.
     """
 
+    name: str
     state_dtype: torch.dtype
     min_width: int
 
     def run(
-        self, blocks: Sequence[Block], x: Tensor, position: int, kv: KVCache, first: int
+        self,
+        blocks: Sequence[Block],
+        x: Tensor,
+        position: int,
+        kv: KVCache,
+        first: int,
+        nodes: Nodes | None = None,
     ) -> Tensor:
         """Returns the states after ``blocks``: (W, D) from (W, D).
 
         Args:
             blocks: consecutive ones; block i stores its keys and values in ``kv``'s layer
                 ``first + i``.
-            x: states of positions ``position``, ``position + 1``, …
-            position: absolute position of the first row.
-            kv: knows these layers' keys and values of all earlier positions.
+            x: states of the slots ``position``, ``position + 1``, …
+            position: slot of the first row.
+            kv: knows these layers' keys and values of all earlier slots.
             first: the first block's layer in ``kv``.
+            nodes: the tree in the slots from its root on; without one, slots are positions.
+        """
+        ...
+
+    def embed(self, linear: Linear, tokens: Sequence[int]) -> Tensor:
+        """Returns the rows of an embedding, (T, D), for that many ids."""
+        ...
+
+    def move(self, kv: KVCache, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """After the call slot ``targets[i]`` of every layer holds what ``sources[i]`` held.
+
+        Args:
+            kv: the cache.
+            sources: slots.
+            targets: as many, ``MAX_WIDTH`` at most, none of them twice; may overlap with
+                ``sources``.
         """
         ...
 
@@ -66,6 +109,23 @@ class Passes(Protocol):
 
     def project(self, linear: Linear, x: Tensor, norm: Tensor | None = None) -> Tensor:
         """Returns ``linear(rms_norm(x, norm))``, or ``linear(x)`` without a norm: (W, out)."""
+        ...
+
+    def best(
+        self, linear: Linear, x: Tensor, norm: Tensor, asked: Asked, ids: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Returns each row's best ids and their odds, best first, without showing the logits.
+
+        Args:
+            linear: the vocabulary head, without a bias.
+            x: (W, D), at most ``MAX_WIDTH`` rows.
+            norm: (D,).
+            asked: how many, and what ranks them.
+            ids: (V_r,) the columns' ids, or None where they are the columns.
+
+        Returns:
+            ids (W, k) int64 and odds (W, k) fp32; None where this is not done in one step.
+        """
         ...
 
 
@@ -95,132 +155,3 @@ class Rotary:
         cos = self.cos[position:end, None].to(kv.device)
         sin = self.sin[position:end, None].to(kv.device)
         return rotate(keys.float(), cos, sin), values
-
-
-class _Described(NamedTuple):
-    """What all blocks of one pass share."""
-
-    position: int  # of the first row
-    width: int  # rows, padding included
-    cos: Tensor  # (W, 1, D_h)
-    sin: Tensor  # (W, 1, D_h)
-    mask: Tensor  # (R, S)
-    queries: Tensor  # (H_kv, R, D_h) scratch
-
-
-class TorchPasses:
-    """Blocks run operator by operator.
-
-    Exact numerics: a row's result must not depend on which rows it shares a pass with. So passes
-    are padded to ``min_width`` rows and attention keeps to fixed shapes
-    (:mod:`hispec_kernels.attention`).
-
-    Attributes:
-        exact: keep to those shapes.
-        min_width: the narrowest pass that rounds like all wider ones; found by trying.
-    """
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        rotary: Rotary,
-        dtype: torch.dtype,
-        device: torch.device,
-        *,
-        exact: bool,
-    ) -> None:
-        self.config = config
-        self._rotary = rotary
-        self.exact = exact
-        self.min_width = 1
-        self.state_dtype = dtype
-        self.scale = 1.0 / math.sqrt(config.head_dim)
-        self.group = config.num_heads // config.num_kv_heads
-        self._cos = rotary.cos[:, None].to(device, dtype)  # (S, 1, D_h)
-        self._sin = rotary.sin[:, None].to(device, dtype)
-        self._corner = self._mask_corner(MAX_WIDTH)
-
-    def run(
-        self, blocks: Sequence[Block], x: Tensor, position: int, kv: KVCache, first: int
-    ) -> Tensor:
-        """See :class:`Passes`. Padding lies past the real rows, where nothing is known yet."""
-        rows = x.shape[0]
-        x = self._pad(x.to(self.state_dtype))
-        at = self._describe(position, x.shape[0])
-        for layer, block in enumerate(blocks, first):
-            x = self._run_block(block, x, at, kv.keys[layer], kv.values[layer])
-        return x[:rows]
-
-    def project(self, linear: Linear, x: Tensor, norm: Tensor | None = None) -> Tensor:
-        """See :class:`Passes`."""
-        rows = x.shape[0]
-        x = self._pad(x.to(self.state_dtype))
-        if norm is not None:
-            x = rms_norm(x, norm, self.config.rms_norm_eps)
-        return linear(x)[:rows]
-
-    def store(self, projected: Tensor, position: int, kv: KVCache, layer: int) -> None:
-        """See :class:`Passes`."""
-        end = position + projected.shape[0]
-        keys, values = self._rotary.split_kv(projected, position, self.config.num_kv_heads)
-        kv.keys[layer][:, position:end] = keys.transpose(0, 1)
-        kv.values[layer][:, position:end] = values.transpose(0, 1)
-
-    def _run_block(
-        self, block: Block, x: Tensor, at: _Described, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        config, eps = self.config, self.config.rms_norm_eps
-        end, span = at.position + at.width, at.mask.shape[1]
-        packed_rows = at.width * self.group
-        qkv = block.qkv(rms_norm(x, block.attention_norm, eps))
-        rope_write(
-            qkv.view(at.width, -1, config.head_dim),
-            at.cos,
-            at.sin,
-            at.queries[:, :packed_rows].unflatten(1, (at.width, self.group)),
-            keys[:, at.position : end],
-            values[:, at.position : end],
-        )
-        mixed = decode_attention(
-            at.queries, keys[:, :span], values[:, :span], at.mask, self.scale
-        )  # (H_kv, R, D_h)
-        mixed = mixed[:, :packed_rows].unflatten(1, (at.width, self.group)).transpose(0, 1)
-        x = block.output(mixed.reshape(at.width, -1), residual=x)  # (W, D)
-        hidden = swiglu(block.gate_up(rms_norm(x, block.mlp_norm, eps)))  # (W, I)
-        return block.down(hidden, residual=x)  # (W, D)
-
-    def _describe(self, position: int, width: int) -> _Described:
-        end = position + width
-        packed_rows = width * self.group
-        if self.exact:
-            span = -(-end // BUCKET) * BUCKET
-            rows = -(-packed_rows // ROWS) * ROWS
-        else:
-            span, rows = end, packed_rows
-        mask = self._corner.new_zeros(rows, span)
-        tail = self._corner if width <= MAX_WIDTH else self._mask_corner(width)
-        mask[:, position:] = tail[:rows, : span - position]
-        config = self.config
-        return _Described(
-            position,
-            width,
-            self._cos[position:end],
-            self._sin[position:end],
-            mask,
-            mask.new_zeros(config.num_kv_heads, rows, config.head_dim),
-        )
-
-    def _pad(self, x: Tensor) -> Tensor:
-        """Repeats the last row until the width class is reached."""
-        missing = self.min_width - x.shape[0] if self.exact else 0
-        return x if missing <= 0 else torch.cat([x, x[-1:].expand(missing, -1)])
-
-    def _mask_corner(self, width: int) -> Tensor:
-        """The part of a mask that is not zero: row r looks at r // G new positions and its own."""
-        device, dtype = self._cos.device, self._cos.dtype
-        rows = -(-width * self.group // ROWS) * ROWS
-        own = torch.arange(rows, device=device)[:, None] // self.group
-        behind = torch.arange(width + BUCKET, device=device)[None] > own
-        return torch.zeros(behind.shape, dtype=dtype, device=device).masked_fill_(
-            behind, -torch.inf
-        )

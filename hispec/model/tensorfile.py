@@ -86,12 +86,7 @@ class TensorFile:
             CheckpointError: If the file has no such tensor, its dtype is one torch models of this
                 kind never use, or it ended early.
         """
-        entry = self._entry(name)
-        if entry.dtype not in _DTYPES:
-            raise CheckpointError(
-                f"Tensor {name} in {self.path} is stored as {entry.dtype}, which hispec cannot "
-                "read: save the model as float32, float16 or bfloat16."
-            )
+        dtype, entry = self.dtype(name), self._entry(name)
         data = torch.empty(entry.num_bytes, dtype=torch.uint8)
         if entry.num_bytes:
             try:
@@ -103,7 +98,22 @@ class TensorFile:
                 raise CheckpointError(f"Cannot read {name} from {self.path}: {reason}.") from error
             if count != entry.num_bytes:
                 raise CheckpointError(_damaged(self.path, f"it ends inside {name}"))
-        return data.view(_DTYPES[entry.dtype]).reshape(entry.shape)
+        return data.view(dtype).reshape(entry.shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype a tensor is stored in.
+
+        Raises:
+            CheckpointError: If the file has no such tensor, or its dtype is one torch models of
+                this kind never use.
+        """
+        found = self._entry(name).dtype
+        if found not in _DTYPES:
+            raise CheckpointError(
+                f"Tensor {name} in {self.path} is stored as {found}, which hispec cannot read: "
+                "save the model as float32, float16 or bfloat16."
+            )
+        return _DTYPES[found]
 
     def sample(self, name: str, chunk_bytes: int = 4096) -> bytes:
         """Bytes from the start, the middle and the end of a tensor; all of it when it is small.

@@ -11,8 +11,12 @@ the law test repeats the scan):
 
 - fewer than 6 rows, or a remainder of fewer than 6 above a block of 32, take other micro-kernels:
   rows are padded to a multiple of ``ROWS`` = 8;
-- in fp32, a length of 384 modulo 512 rounds otherwise than the same length with masked positions
-  appended: key lengths are padded to a multiple of ``BUCKET`` = 256.
+- a last split that is not whole rounds otherwise than the same one filled up with masked positions,
+  of 384 on an Intel CPU in fp32, of 256 on an AMD one in either dtype: key lengths are padded to a
+  multiple of ``BUCKET`` = 512.
+
+A masked position *between* a row's own shifts what is added when, and changes bits too. So a tree's
+branch must lie in order, where plain decoding would have it.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 ROWS = 8
-BUCKET = 256
+BUCKET = 512
 
 
 def decode_attention(

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hispec_kernels import gpu
+
 
 def follow(tokens: Tensor, parents: Tensor, picks: Tensor) -> tuple[Tensor, Tensor]:
     """Returns the accepted path below the root, and the pick after its last node.
@@ -22,6 +24,11 @@ def follow(tokens: Tensor, parents: Tensor, picks: Tensor) -> tuple[Tensor, Tens
         path: (A,) int64 node indices from the root's child down, A ≥ 0.
         token: () int64, the pick after the last node of the path (after the root if A = 0).
     """
+    if tokens.is_cuda and not gpu.why_not(tokens.device):
+        from hispec_kernels.gpu.follow import follow as on_gpu
+
+        path, end = on_gpu(tokens, parents, picks)
+        return path[: int(end[0])], end[1]  # sync: the path's length is its shape
     match = tokens == picks[parents]
     match[0] = True
     # A node is reached when all its ancestors match. Siblings differ, so at most one child of a

@@ -14,8 +14,13 @@ allow (Gumbel coupling: Daliri et al., arXiv 2408.07978).
 
 from __future__ import annotations
 
+import ctypes
+import functools
+
 import torch
 from torch import Tensor
+
+from hispec_kernels import cpu, gpu
 
 _MASK = 0xFFFFFFFF
 
@@ -35,6 +40,13 @@ def _mul32(x: Tensor, factor: int) -> Tensor:
     return (x * factor) & _MASK
 
 
+@functools.lru_cache(64)
+def seeded_state(seed: int) -> int:
+    """Returns the 32 bits that stand for a seed, of which the low 64 count."""
+    state = _mix(torch.tensor(seed & _MASK))
+    return int(_mix((state + ((seed >> 32) & _MASK)) & _MASK))
+
+
 def hash32(seed: int, positions: Tensor, tokens: Tensor) -> Tensor:
     """Returns 32 well-mixed bits for each (position, token) pair under ``seed``.
 
@@ -46,10 +58,7 @@ def hash32(seed: int, positions: Tensor, tokens: Tensor) -> Tensor:
     Returns:
         int64 tensor with values in [0, 2³²).
     """
-    state = torch.full((), seed & _MASK, dtype=torch.int64, device=positions.device)
-    state = _mix(state)
-    state = _mix((state + ((seed >> 32) & _MASK)) & _MASK)
-    rows = _mix((state + positions) & _MASK)
+    rows = _mix((seeded_state(seed) + positions) & _MASK)
     # The golden-ratio step separates tokens before the add, so that (position, token) and
     # (position + 1, token - 1) share nothing.
     return _mix(rows ^ _mix((_mul32(tokens, 0x9E3779B9) + 0x7F4A7C15) & _MASK))
@@ -61,8 +70,66 @@ def gumbel(seed: int, positions: Tensor, tokens: Tensor) -> Tensor:
     Args:
         seed: as in :func:`hash32`.
         positions: (..., 1) int64.
-        tokens: (V,) int64, broadcast against ``positions``.
+        tokens: (V,) int64, broadcast against ``positions``; or (..., V).
     """
+    shape = torch.broadcast_shapes(positions.shape, tokens.shape)
+    library = cpu.in_use(positions, tokens)
+    if library is not None and positions.shape[-1:] == (1,):
+        return _compiled(library, None, 1.0, seed, positions, tokens, shape)
     bits = hash32(seed, positions, tokens)
     uniform = ((bits >> 9).to(torch.float32) + 0.5) * 2.0**-23
     return -torch.log(-torch.log(uniform))
+
+
+def noisy(
+    logits: Tensor, temperature: float, seed: int, positions: Tensor, tokens: Tensor | None = None
+) -> Tensor:
+    """Returns ``logits / temperature + gumbel(seed, positions, tokens)`` to the bit: (..., V).
+
+    Args:
+        logits: (..., V) fp32.
+        temperature: > 0.
+        seed: as in :func:`hash32`.
+        positions: (..., 1) int64.
+        tokens: (V,) or (..., V) int64; None where they are the columns.
+    """
+    if logits.is_cuda and not gpu.why_not(logits.device):
+        from hispec_kernels.gpu.noise import noisy as on_gpu
+
+        rows = logits.float().reshape(-1, logits.shape[-1])
+        at = positions.expand(*logits.shape[:-1], 1).reshape(-1)
+        if tokens is not None and tokens.dim() > 1:
+            tokens = tokens.expand(logits.shape).reshape(rows.shape)
+        return on_gpu(rows, temperature, seed, at, tokens).view(logits.shape)
+    library = cpu.in_use(logits, positions)
+    if library is not None and logits.dtype == torch.float32 and positions.shape[-1:] == (1,):
+        return _compiled(library, logits, temperature, seed, positions, tokens, logits.shape)
+    if tokens is None:
+        tokens = torch.arange(logits.shape[-1], device=logits.device)
+    return logits / temperature + gumbel(seed, positions, tokens)
+
+
+def _compiled(
+    library: ctypes.CDLL,
+    logits: Tensor | None,
+    temperature: float,
+    seed: int,
+    positions: Tensor,
+    tokens: Tensor | None,
+    shape: torch.Size,
+) -> Tensor:
+    """:func:`noisy`, or :func:`gumbel` without logits, by the library."""
+    out = torch.empty(shape)
+    at = positions.to(torch.int64).expand(*shape[:-1], 1).contiguous()
+    if logits is not None:
+        logits = logits.contiguous()
+    if tokens is not None:
+        whole = tokens.numel() == shape[-1]
+        tokens = (tokens if whole else tokens.expand(shape)).to(torch.int64).contiguous()
+    library.gumbel(
+        *(None if logits is None else logits.data_ptr(), temperature, seed & (2**64 - 1)),
+        *(at.data_ptr(), None if tokens is None else tokens.data_ptr()),
+        *(0 if tokens is None or whole else shape[-1], at.numel(), shape[-1]),
+        *(out.data_ptr(), torch.get_num_threads()),
+    )
+    return out

@@ -47,7 +47,10 @@ def short(tmp_path: Path, *more: str) -> list[str]:
 
 
 def test_all_methods_side_by_side(bench: Any, tmp_path: Path) -> None:
-    methods = "ar,layerskip,hispec,hispec-paper,auto,hf,hf-early-exit,hf-prompt-lookup"
+    methods = (
+        "ar,layerskip,hispec,hispec-paper,hd,auto,lookahead,adadecode,"
+        "hf,hf-early-exit,hf-prompt-lookup"
+    )
     code, out, err = bench(*short(tmp_path, "--methods", methods, "--json"))
     assert code == 0, err
     document = json.loads(out.splitlines()[-1])
@@ -57,7 +60,9 @@ def test_all_methods_side_by_side(bench: Any, tmp_path: Path) -> None:
         assert entry["mismatched_prompts"] == 0, name  # transformers too: fp32, no ties here
         assert entry["speedup_low"] <= entry["speedup"] <= entry["speedup_high"], name
     assert document["provenance"]["model"]
-    assert TABLE in out
+    assert {x["name"] for x in document["methods"]["hd"]["sources"]} >= {"context", "recycle"}
+    assert document["methods"]["lookahead"]["sources"][0]["name"] == "pool"
+    assert TABLE in out and "Sources: what each put into the tree" in out
     folder = tmp_path / "run"
     assert {path.name for path in folder.iterdir()} - {".lock"} == {
         *("run.json", "rows.jsonl", "report.md", "report.html", "report.json"),
@@ -114,6 +119,7 @@ def test_sweep_writes_the_best_hierarchies(bench: Any, tmp_path: Path) -> None:
     ("arguments", "complaint"),
     [
         (["--methods", "hispeck"], "unknown method 'hispeck'. Did you mean 'hispec'?"),
+        (["--methods", "lookahed"], "unknown method 'lookahed'. Did you mean 'lookahead'?"),
         (["--methods", ","], "--methods names no method"),
         (["--method", "ar", "--repets", "2"], "unknown argument --repets. Did you mean --repeats?"),
         (["--repeats", "0"], "--repeats must be at least 1"),
@@ -122,7 +128,7 @@ def test_sweep_writes_the_best_hierarchies(bench: Any, tmp_path: Path) -> None:
         (["--prompts", "nowhere.jsonl"], "no prompts in nowhere.jsonl"),
         (["--numerics", "quick"], "unknown numerics 'quick'"),
         (["sweep", "--windows", "1,x"], "--windows should be numbers such as 1,2,4"),
-        (["sweep", "--exit-layers", "9"], "exit_layer must be in [1, 5] for this 6-layer model"),
+        (["sweep", "--exit-layers", "9"], "exit_layer must be in [0, 5] for this 6-layer model"),
         (["sweep", "--finalists", "0"], "--finalists must be at least 1"),
     ],
 )

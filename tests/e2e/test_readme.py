@@ -6,9 +6,12 @@ import json
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
+
+from hispec.cli import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "Name three planets and say one thing about each."
@@ -39,6 +42,16 @@ def test_every_preset_says_what_plain_decoding_says(dtype):
         assert [level["name"] for level in found["levels"]][-1] == "target"
 
 
+def test_a_cut_of_the_adapter_drafts_for_the_original(tmp_path: Path):
+    cut = str(tmp_path / "cut8")
+    done = run("export", "--model", "smollm2-135m-layerskip", "--cut", "8", "--out", cut)
+    assert done.returncode == 0 and "--mode lora" not in done.stderr, done.stderr
+    plain, found = generate("ar"), generate("ar", "--level", cut)
+    assert found["token_ids"] == plain["token_ids"]
+    assert [level["name"] for level in found["levels"]] == ["model cut8", "target"]
+    assert found["levels"][0]["accepted"] > 0
+
+
 def test_text_goes_to_stdout_and_statistics_to_stderr():
     done = run(
         *("generate", "--model", "smollm2-135m", "--prompt", "-", "--stats"),
@@ -59,12 +72,16 @@ def test_chat_remembers_the_turn_before():
 
 def test_the_readme_names_only_commands_and_options_that_exist():
     text = (ROOT / "README.md").read_text()
-    commands = set(re.findall(r"^hispec (\w+)", text, re.M))
-    assert {"generate", "chat", "doctor", "bench", "train"} <= commands
-    for command in commands:
-        help_text = run(command, "--help").stdout
-        lines = re.findall(rf"^hispec {command} .*$", text, re.M)
-        for option in {o for line in lines for o in re.findall(r"--[\w-]+", line)}:
+    options = defaultdict(set)
+    # A command's lines, those continued with a backslash included.
+    for line in re.findall(r"^hispec (\w.*(?:\\\n.*)*)", text, re.M):
+        words = line.split()
+        command = max((c for c in COMMANDS if words[: len(c.split())] == c.split()), key=len)
+        options[command] |= set(re.findall(r"--[\w-]+", line))
+    assert {"generate", "chat", "doctor", "bench", "train", "ngrams build"} <= set(options)
+    for command, named in options.items():
+        help_text = run(*command.split(), "--help").stdout
+        for option in named:
             assert option in help_text, f"hispec {command} has no {option}"
     for path in re.findall(r"`((?:scripts|hispec|kernels|training|tests)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), f"the README names {path}, which is not there"

@@ -7,20 +7,23 @@ want them to fail.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
 
-from helpers.lms import chain, plain, recording, values_by_position
-from hispec.generation import LM, Result
+from helpers.lms import cells_by_position, chain, over, plain, recording, recording_separate
+from hispec.generation import LM
 from hispec.hierarchy import Hierarchy
 from hispec.model.cache import Cache, KVCache
 from hispec.model.exits import ExitHead, SharedHead
-from hispec.model.passes import MAX_WIDTH
+from hispec.model.level import Separate
+from hispec.model.nodes import MAX_WIDTH, Nodes
+from hispec.model.passes import Asked, Found
+from hispec.result import Result
 from hispec.sampling import Sampling
 
 
@@ -29,14 +32,21 @@ def random_prompt(seed: int, length: int, vocab_size: int = 256) -> list[int]:
     return [draw.randrange(vocab_size) for _ in range(length)]
 
 
-def random_hierarchy(draw: random.Random, num_layers: int, exits: Sequence[int] = ()) -> Hierarchy:
-    """One to three exits, from ``exits`` if given, with windows that fit a pass."""
+def random_hierarchy(
+    draw: random.Random, num_layers: int, exits: Sequence[int] = (), model: str = ""
+) -> Hierarchy:
+    """One to three exits, from ``exits`` if given, with windows that fit a pass.
+
+    If a separate model is given, it stands below at most two of them, or none.
+    """
     candidates = list(exits) or list(range(1, num_layers))
     count = min(draw.choice((1, 1, 2, 2, 3)), len(candidates))
     layers = sorted(draw.sample(candidates, count))
     largest = (MAX_WIDTH - 1) // count
     windows = [draw.choice([w for w in (1, 1, 2, 2, 3, 4, 5, 7, 10, 31) if w <= largest])]
     windows += [draw.choice([w for w in (1, 2, 4, 6, 10) if w <= largest]) for _ in layers[1:]]
+    if model:  # in the lowest exit's place
+        return over(chain(*zip(layers[1:], windows[1:], strict=True)), model, windows[0])
     return chain(*zip(layers, windows, strict=True))
 
 
@@ -71,8 +81,11 @@ def expected_visits(result: Result, num_layers: int) -> list[int]:
     one row through everything below. Except where the level below had one pick more than its window
     and dropped it: then the newest node is a draft it has checked. What level j puts into the tree
     is either handed up or dropped so: ``drops[j] = accepted[j-1] + passes[j] - drafted[j]``.
+
+    Levels above lift nothing through a separate model: it has none of their layers. Of what it runs
+    itself the counts do not tell; its entry means nothing.
     """
-    bounds = [*result.hierarchy.exit_layers, num_layers]
+    bounds = [*(level.exit_layer for level in result.hierarchy.levels), num_layers]
     levels = result.levels
     expected = []
     for k, level in enumerate(levels):
@@ -92,12 +105,19 @@ def no_layer_twice(
     lm: LM, prompt: Sequence[int], hierarchy: Hierarchy, sampling: Sampling, count: int
 ) -> Result:
     """No layer runs twice for a token, and the visits are what the counts imply."""
-    with recording(lm) as recorder:  # which asserts the first half
+    models = [level.model for level in hierarchy.models]
+    with ExitStack() as stack:
+        recorder = stack.enter_context(recording(lm))  # which asserts the first half
+        separate = [stack.enter_context(recording_separate(lm, model)) for model in models]
         result = lm.generate(prompt, hierarchy=hierarchy, max_new_tokens=count, sampling=sampling)
-    num_layers = lm.model.config.num_layers
-    prefill = len(prompt) * num_layers
-    assert result.layer_visits == recorder.visits - prefill
-    assert [level.layer_visits for level in result.levels] == expected_visits(result, num_layers)
+    num_layers, below = lm.model.config.num_layers, len(models)
+    visits = [level.layer_visits for level in result.levels]
+    assert result.layer_visits == sum(visits)
+    assert sum(visits[below:]) == recorder.visits - len(prompt) * num_layers
+    assert visits[below:] == expected_visits(result, num_layers)[below:]
+    for model, counts, own in zip(models, result.levels, separate, strict=False):
+        prefill = len(prompt) * lm.separate(model).boundary if counts.passes else 0
+        assert counts.layer_visits == own.visits - prefill
     return result
 
 
@@ -163,7 +183,7 @@ def climb(
 ) -> None:
     """Raises a watermark in passes that stay inside the width class, of random widths if drawn."""
     while cache.computed[boundary] < upto:
-        widest = draw.randint(model.wide.min_width, MAX_WIDTH) if draw else MAX_WIDTH
+        widest = draw.randint(model.narrow.min_width, MAX_WIDTH) if draw else MAX_WIDTH
         model.advance(cache, tokens, min(upto, cache.computed[boundary] + widest), boundary)
 
 
@@ -179,8 +199,7 @@ def equal_caches(lm: LM, cache: Cache, other: Cache) -> None:
 
 def keys_and_values(lm: LM, kv: KVCache, length: int) -> list[torch.Tensor]:
     """Every layer's keys and values of the first positions, (H_kv, length, D_h) each."""
-    values = [values_by_position(lm, layer) for layer in kv.values]
-    return [layer[:, :length] for layer in (*kv.keys, *values)]
+    return [layer[:, :length] for layer in cells_by_position(lm, kv)]
 
 
 def heads_forget(
@@ -197,16 +216,19 @@ def heads_forget(
     def checked(head: ExitHead):
         original = head.logits
 
-        def logits(cache: Cache, first: int, root: int) -> torch.Tensor:
+        def logits(cache: Cache, first: int, nodes: Nodes) -> torch.Tensor:
             nonlocal compared
-            found = original(cache, first, root)
+            found = original(cache, first, nodes)
             fresh = lm.exits.head(head.exit_layer, lm.model, lm.checkpoint)
-            wanted = fresh.logits(cache, first, root)
+            wanted = fresh.logits(cache, first, nodes)
             torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4 * float(wanted.abs().max()))
             compared += 1
             return found
 
-        return mock.patch.object(head, "logits", logits)
+        def best(cache: Cache, first: int, nodes: Nodes, asked: Asked) -> Found:
+            return logits(cache, first, nodes)  # in logits, whatever was asked
+
+        return mock.patch.multiple(head, logits=logits, best=best)
 
     heads = [lm.head(exit_layer) for exit_layer in hierarchy.exit_layers]
     patches = [checked(head) for head in heads if not isinstance(head, SharedHead)]
@@ -217,6 +239,44 @@ def heads_forget(
     finally:
         for patch in patches:
             patch.stop()
+    return compared
+
+
+def separate_forgets(
+    lm: LM, prompt: Sequence[int], hierarchy: Hierarchy, sampling: Sampling, count: int
+) -> int:
+    """A separate model's logits depend on nothing but the path to a node; returns those compared.
+
+    Whatever it was asked before, was rejected or passed without it: whenever the engine asks it, a
+    fresh one, which runs each path by itself, must answer with the same bits.
+    """
+    compared = 0
+
+    def checked(separate: Separate):
+        run, fresh = separate.run, Separate(separate.model)
+
+        def watched(
+            tokens: Sequence[int], first: int, end: int, nodes: Nodes, asked: Asked | None = None
+        ) -> tuple[Found, int]:
+            nonlocal compared  # in logits, whatever was asked
+            found, visits = run(tokens, first, end, nodes)
+            fresh.prompt = len(prompt)
+            for slot in range(first, end):
+                path = [nodes.root + node for node in nodes.path(slot - nodes.root)]
+                text = [*tokens[: nodes.root], *(tokens[at] for at in path)]
+                line = Nodes.line(nodes.root, len(path))
+                wanted, _ = fresh.run(text, len(text) - 1, len(text), line)
+                fresh.cache.truncate(nodes.root)
+                assert torch.equal(found[slot - first], wanted[0])
+                compared += 1
+            return found, visits
+
+        return mock.patch.object(separate, "run", watched)
+
+    with ExitStack() as stack:
+        for level in hierarchy.models:
+            stack.enter_context(checked(lm.separate(level.model)))
+        lm.generate(prompt, hierarchy=hierarchy, max_new_tokens=count, sampling=sampling)
     return compared
 
 
@@ -232,23 +292,32 @@ class Letters:
 
     chat_template = None
 
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         return "".join(chr(97 + token % 26) for token in token_ids)
 
 
 @contextmanager
 def failing_at(lm: LM, call: int) -> Iterator[None]:
-    """The ``call``-th pass from here on raises."""
-    calls, run_layers = 0, lm.model.run_layers
+    """The ``call``-th pass from here on raises, be it the target's or a separate model's."""
+    calls = 0
 
-    def failing(*args: Any, **options: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise Injected
-        return run_layers(*args, **options)
+    def failing(run_layers: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def run(*args: Any, **options: Any) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            if calls == call:
+                raise Injected
+            return run_layers(*args, **options)
 
-    with mock.patch.object(lm.model, "run_layers", failing):
+        return run
+
+    with ExitStack() as stack:
+        for model in (lm.model, *(separate.model for separate in lm._separate.values())):
+            patch = mock.patch.object(model, "run_layers", failing(model.run_layers))
+            stack.enter_context(patch)
         yield
 
 

@@ -12,28 +12,31 @@ import json
 import platform
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from helpers.builds import skip_or_fail
 from helpers.tiny_llama import save_tiny_llama
 from hispec.generation import LM
 from hispec.hierarchy import Hierarchy
 from hispec.hierarchy import Level as ExitLevel
 from hispec.model import llama, native
+from hispec.model.cache import KVCache
 from hispec.model.checkpoint import Checkpoint, open_checkpoint
+from hispec.model.cut import write_cut
 from hispec.model.device import DTYPES
 from hispec.model.exits import FORMAT, Exits
 from hispec.model.llama import PREFILL_CHUNK, Llama
+from hispec.model.native import NativePasses
 from hispec.model.numerics import find_min_width
-from hispec.model.passes import TorchPasses
 from hispec.model.store import cache_dir
+from hispec.model.torch_passes import TorchPasses
 from hispec.sampling import Sampling
 from hispec_kernels import cpu
 
@@ -119,9 +122,9 @@ def open_lm(
     with torch.inference_mode(), _library(passes):
         model = Llama.load(checkpoint, DTYPES[dtype], torch.device("cpu"))
         if passes != "torch" and model.why_not_native:
-            pytest.skip(model.why_not_native)
+            skip_or_fail(model.why_not_native)
         assert isinstance(model.narrow, TorchPasses) == (passes == "torch")
-        model.wide.min_width = find_min_width(model)
+        model.narrow.min_width = find_min_width(model)
     lm = LM(checkpoint, model, exits)
     lm.eos = frozenset()  # a random model ends its texts at random
     return lm
@@ -149,12 +152,15 @@ def _avx2_library() -> Any:
         return cpu.load_library(cache_dir() / "native")
 
 
-def values_by_position(lm: LM, values: Tensor) -> Tensor:
-    """Returns a layer's cached values as (H_kv, S, D_h); with tiles they lie in blocks of 32."""
-    if lm.model.layout != "tiles":
-        return values
-    heads, length, size = values.shape
-    return values.view(heads, length // 32, size, 32).transpose(2, 3).reshape(values.shape)
+def cells_by_position(lm: LM, kv: KVCache) -> list[Tensor]:
+    """Returns every layer's keys, then every layer's values, as (H_kv, S, D_h)."""
+    passes = lm.model.narrow
+    if not isinstance(passes, NativePasses):
+        return [*kv.keys, *kv.values]
+    return [
+        *(passes.by_position(keys, "keys") for keys in kv.keys),
+        *(passes.by_position(values, "values") for values in kv.values),
+    ]
 
 
 def save_exits(
@@ -214,67 +220,112 @@ def chain(*levels: tuple[int, int]) -> Hierarchy:
     return Hierarchy(tuple(ExitLevel(*level) for level in levels))
 
 
+def separate(lm: LM, kind: str, layers: int = 3, context: int = 0) -> str:
+    """Opens a separate model for ``lm`` and returns its path: its own first layers, run as it runs.
+
+    Args:
+        lm: its model.
+        kind: as the zoo's.
+        layers: as many as it has: the target itself.
+        context: positions, if not as many as the target's.
+    """
+    path = lm.checkpoint.path
+    if layers < lm.model.config.num_layers or context:
+        path = path.with_name(f"{path.name} {layers} {context}")
+    if not path.exists():
+        path.mkdir()
+        write_cut(lm.checkpoint, layers, path)
+        config = json.loads((path / "config.json").read_text())
+        config["max_position_embeddings"] = context or config["max_position_embeddings"]
+        (path / "config.json").write_text(json.dumps(config))
+    with _library(kind.split()[0]):
+        lm.separate(str(path))
+    return str(path)
+
+
+def over(hierarchy: Hierarchy, model: str, window: int, *, ranks: bool = False) -> Hierarchy:
+    """Returns the hierarchy with a separate model below its levels."""
+    return replace(hierarchy, levels=(ExitLevel(0, window, ranks, model), *hierarchy.levels))
+
+
 def plain(lm: LM, prompt: Sequence[int], count: int, sampling: Sampling | None = None) -> list[int]:
     """Returns ``count`` tokens of plain decoding: no engine, no cache object, no stream."""
     sampling = sampling or Sampling()
     model, tokens = lm.model, list(prompt)
     layers = model.config.num_layers
     kv = model.new_cache([layers]).kv
+    picker = sampling.picker(len(prompt), vocab_size=model.config.vocab_size)
     with torch.inference_mode():
         for start in range(0, len(tokens), PREFILL_CHUNK):
             x = model.embed(tokens[start : start + PREFILL_CHUNK])
             x = model.run_layers(x, 0, layers, start, kv, wide=True)
         while True:
-            tokens += sampling.pick(model.logits(x[-1:]), len(tokens))
+            tokens.append(picker.picks(model.logits(x[-1:]), [len(tokens)], lambda _: tokens)[0])
             if len(tokens) == len(prompt) + count:
                 return tokens[len(prompt) :]
             x = model.run_layers(model.embed(tokens[-1:]), 0, layers, len(tokens) - 1, kv)
 
 
 class Recorder:
-    """Watches a model's passes: which layers ran for which token.
-
-    A *token instance* is a token at a position from its first layer until the position is
-    truncated; what comes there next is another instance.
+    """Watches a model's passes: which layers ran for the token in each slot.
 
     Attributes:
-        passes: (start layer, stop layer, position, rows) of every call, in order.
-        ran: (position, instance) → the number of layers that have run.
-        visits: (instance, layer) pairs run.
+        passes: (start layer, stop layer, slot, rows) of every call, in order.
+        done: slot → the number of layers that have run for what stands there now.
+        visits: (token, layer) pairs run.
     """
 
     def __init__(self) -> None:
         self.passes: list[tuple[int, int, int, int]] = []
-        self.ran: dict[tuple[int, int], int] = {}
+        self.done: dict[int, int] = {}
         self.visits = 0
-        self._instance: dict[int, int] = {}
-        self._top = 0
 
-    def note(self, start: int, stop: int, position: int, rows: int) -> None:
-        self.passes.append((start, stop, position, rows))
-        for place in range(position, position + rows):
-            key = (place, self._instance.get(place, 0))
-            done = self.ran.get(key, 0)
+    def note(self, start: int, stop: int, slot: int, rows: int) -> None:
+        self.passes.append((start, stop, slot, rows))
+        for place in range(slot, slot + rows):
+            done = self.done.get(place, 0)
             assert done == start, (
                 f"layers {start} to {stop} ran for the token at {place}, of which {done} were done"
             )
-            self.ran[key] = stop
+            self.done[place] = stop
             self.visits += stop - start
-        self._top = max(self._top, position + rows)
 
     def truncate(self, length: int) -> None:
-        for place in range(length, self._top):
-            if (place, self._instance.get(place, 0)) in self.ran:
-                self._instance[place] = self._instance.get(place, 0) + 1
+        self.done = {slot: layers for slot, layers in self.done.items() if slot < length}
+
+    def keep(self, root: int, kept: Sequence[int]) -> None:
+        stay = [self.done.get(root + node, 0) for node in kept]
+        self.truncate(root)
+        self.done |= dict(enumerate(stay, root))
 
 
 @contextmanager
 def recording(lm: LM) -> Iterator[Recorder]:
-    """Records the passes of ``lm``'s model and the truncations of its cache."""
-    recorder = Recorder()
-    run_layers, new_cache = lm.model.run_layers, lm.model.new_cache
+    """Records the passes of ``lm``'s model and what its cache drops."""
     lm._cache = None  # a fresh one, so that nothing is known from before
     lm._known.clear()
+    with watching(lm.model) as recorder:
+        yield recorder
+    lm._cache = None  # it still reports here
+    lm._truncate(0)
+
+
+@contextmanager
+def recording_separate(lm: LM, path: str) -> Iterator[Recorder]:
+    """Records the passes of one of ``lm``'s separate models and what its cache drops."""
+    separate = lm.separate(path)
+    with watching(separate.model) as recorder:
+        fresh = separate.model.new_cache([separate.boundary])
+        with mock.patch.object(separate, "cache", fresh):
+            yield recorder
+    separate.cache.truncate(0)
+
+
+@contextmanager
+def watching(model: Llama) -> Iterator[Recorder]:
+    """Records a model's passes and what caches that it makes meanwhile drop."""
+    recorder = Recorder()
+    run_layers, new_cache, keep = model.run_layers, model.new_cache, model.keep
 
     def watched_run(
         x: Tensor, start: int, stop: int, position: int, kv: Any, **options: Any
@@ -297,10 +348,13 @@ def recording(lm: LM) -> Iterator[Recorder]:
         cache.truncate, cache.reset = watched_truncate, watched_reset
         return cache
 
+    def watched_keep(cache: Any, root: int, kept: Sequence[int]) -> None:
+        recorder.keep(root, kept)
+        keep(cache, root, kept)
+
     with (
-        mock.patch.object(lm.model, "run_layers", watched_run),
-        mock.patch.object(lm.model, "new_cache", watched_cache),
+        mock.patch.object(model, "keep", watched_keep),
+        mock.patch.object(model, "run_layers", watched_run),
+        mock.patch.object(model, "new_cache", watched_cache),
     ):
         yield recorder
-    lm._cache = None  # it still reports here
-    lm._truncate(0)

@@ -1,8 +1,9 @@
 """The compiled passes against fp64, and against themselves: no row may know its company.
 
 Each shape is run by the library as this processor gets it and as lesser ones do: without AMX tiles,
-and with AVX2 alone. Sizes are the awkward ones: groups of 1 to 16 query heads, heads of 32 to 256,
-sums of 32s that are no multiple of 64, vocabularies that fill no tile.
+and with AVX2 alone. And as greater ones do: with AMX written out in C. Sizes are the awkward ones:
+groups of 1 to 16 query heads, heads of 32 to 256, sums of 32s that are no multiple of 64,
+vocabularies that fill no tile.
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ from __future__ import annotations
 import functools
 import math
 import platform
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from helpers.builds import skip_or_fail
 from torch import Tensor
 
 from hispec.model.block import Block
@@ -25,8 +29,10 @@ from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig
 from hispec.model.linear import Layout, Linear
 from hispec.model.native import NativePasses
-from hispec.model.passes import Rotary, TorchPasses
+from hispec.model.nodes import MAX_WIDTH, Nodes
+from hispec.model.passes import Asked, Rotary
 from hispec.model.store import cache_dir
+from hispec.model.torch_passes import TorchPasses
 from hispec_kernels import cpu
 
 CAPACITY = 384
@@ -45,7 +51,7 @@ SHAPES = {
     "group of 16": (64, 224, 32, 2, 32, True),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-#: Relative to the largest value. bf16 rounds keys, values and, in tiles, every operand.
+#: Relative to the largest value. bf16 rounds keys, values and, in tiles and pairs, every operand.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 #: Passes that add up to a prefix each; they end before, at and behind the borders 128 and 256.
 CHUNKINGS = (
@@ -62,6 +68,7 @@ BUILDS: dict[str, list[str]] = {
     "native": [],
     "no tiles": ["-mno-amx-tile", "-mno-amx-bf16"],
     "avx2": ["-march=haswell"],
+    "emulated tiles": ["-D__AMX_BF16__", "-include", str(Path(__file__).parent / "amx.h")],
 }
 
 
@@ -71,9 +78,11 @@ def library(build: str) -> Any:
         pytest.skip("for x86-64 processors")
     try:
         with mock.patch.object(cpu, "_FLAGS", cpu._FLAGS + BUILDS[build]):
-            return cpu.load_library(cache_dir() / "native")
+            loaded = cpu.load_library(cache_dir() / "native")
     except cpu.BuildError as error:
-        pytest.skip(str(error))
+        skip_or_fail(str(error))
+    assert build != "emulated tiles" or cpu.LAYOUTS[loaded.bf16_layout()] == "tiles"
+    return loaded
 
 
 @contextmanager
@@ -147,13 +156,13 @@ class Setup:
             for _ in range(2)
         ]
         self.x = self.random(LENGTH, hidden).float()
+        if build == "emulated tiles" and dtype == torch.float32:
+            pytest.skip("tiles are for bf16")
         self.library = library(build)
-        self.layout: Layout = (
-            "tiles" if dtype == torch.bfloat16 and self.library.bf16_tiles() else "plain"
-        )
-        self.blocks = [weights.block(self.layout) for weights in self.weights]
         self.rotary = Rotary(self.config, CAPACITY)
         self.passes = NativePasses(self.config, self.rotary, dtype, self.library)
+        self.layout = self.passes.layout
+        self.blocks = [weights.block(self.layout) for weights in self.weights]
 
     def random(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator).to(self.dtype)
@@ -165,6 +174,11 @@ class Setup:
         for cells in (*kv.keys, *kv.values):
             cells.copy_(junk * torch.randn(cells.shape))
         return kv
+
+    def by_position(self, kv: KVCache) -> tuple[Tensor, Tensor]:
+        """All layers' keys and values, (L, H_kv, S, D_h) each."""
+        keys, values = kv.storage.unbind(1)
+        return self.passes.by_position(keys, "keys"), self.passes.by_position(values, "values")
 
     def run(self, widths: Sequence[int], kv: KVCache | None = None) -> Tensor:
         """States of ``x``'s first ``sum(widths)`` rows, run in passes of these widths."""
@@ -241,18 +255,10 @@ def test_a_pass_writes_its_own_positions_and_reads_none_behind(
 ) -> None:
     setup = Setup(shape, dtype, build)
     clean, dirty = setup.cache(), setup.cache(junk=100.0)
-    before = [cells.clone() for cells in (*dirty.keys, *dirty.values)]
+    before = [cells.clone() for cells in setup.by_position(dirty)]
     assert torch.equal(setup.run((120, 17), dirty), setup.run((120, 17), clean))
-    for number, (cells, old) in enumerate(zip((*dirty.keys, *dirty.values), before, strict=True)):
-        if setup.layout == "tiles" and number >= 2:
-            cells, old = in_positions(cells), in_positions(old)
-        assert torch.equal(cells[:, 137:], old[:, 137:])
-
-
-def in_positions(values: Tensor) -> Tensor:
-    """Values in tiles, (H_kv, S / 32, D_h, 32), as (H_kv, S, D_h)."""
-    heads, length, size = values.shape
-    return values.view(heads, length // 32, size, 32).transpose(2, 3).reshape(values.shape)
+    for cells, old in zip(setup.by_position(dirty), before, strict=True):
+        assert torch.equal(cells[:, :, 137:], old[:, :, 137:])
 
 
 @pytest.mark.parametrize("shape", ["smollm2", "gqa", "mha of 128", "group of 5", "group of 16"])
@@ -273,7 +279,7 @@ def test_rows_of_several_texts_equal_each_text_alone(
         for mine, its in zip(
             (*together.keys, *together.values), (*alone.keys, *alone.values), strict=True
         ):
-            mine[:, start : start + room] = its[:, :room]  # whole tiles, whatever their order
+            mine[:, start : start + room] = its[:, :room]  # whole panels, whatever their order
         row = setup.x[text : text + 1]
         wanted.append(setup.passes.run(setup.blocks, row, length, alone, 0))
     positions, places = torch.tensor(lengths), torch.tensor(starts)
@@ -282,6 +288,134 @@ def test_rows_of_several_texts_equal_each_text_alone(
         with threads(count):
             found = setup.passes.run_texts(setup.blocks, rows, positions, places, together)
         assert torch.equal(found, torch.cat(wanted)), f"{count} threads"
+
+
+def random_tree(root: int, generator: random.Random) -> Nodes:
+    """A tree of 1 to MAX_WIDTH nodes: near a chain, bushy or in between."""
+    nodes, reach = Nodes(root), generator.choice((1, 3, 8, MAX_WIDTH))
+    for node in range(1, generator.randint(1, MAX_WIDTH)):
+        nodes.append(generator.randrange(max(0, node - reach), node))
+    return nodes
+
+
+@pytest.mark.parametrize("shape", ["smollm2", "gqa", "mha of 128", "group of 5"])
+@pytest.mark.parametrize("root", [0, 1, 31, 100, 127, 129, 300])
+def test_nodes_of_a_tree_equal_plain_decoding_of_their_paths(
+    shape: str, root: int, dtype: torch.dtype, build: str
+) -> None:
+    setup = Setup(shape, dtype, build)
+    generator = random.Random(root)
+    past = setup.random(root, setup.config.hidden_size).float()
+    for _ in range(3):
+        nodes = random_tree(root, generator)
+        rows = setup.random(len(nodes), setup.config.hidden_size).float()
+        # Passes append nodes below earlier ones; the first may begin before the root.
+        early = generator.randint(0, min(root, 5))
+        cache = setup.cache(junk=10.0)
+        if root > early:
+            setup.passes.run(setup.blocks, past[: root - early], 0, cache, 0)
+        slots, found = torch.cat([past[root - early :], rows]), []
+        start = 0
+        while start < len(slots):
+            stop = min(len(slots), start + generator.randint(1 if start else early + 1, MAX_WIDTH))
+            found.append(
+                setup.passes.run(
+                    setup.blocks, slots[start:stop], root - early + start, cache, 0, nodes
+                )
+            )
+            start = stop
+        states = torch.cat(found)[early:]
+        plain = setup.cache()
+        if root:
+            setup.passes.run(setup.blocks, past, 0, plain, 0)
+        leaves = sorted(set(range(len(nodes))) - set(nodes.parents[1:]))
+        for leaf in leaves:
+            path = nodes.path(leaf)
+            wanted = setup.passes.run(setup.blocks, rows[path], root, plain, 0)
+            assert torch.equal(states[path], wanted), (nodes.parents, leaf)
+
+
+def test_moved_slots_hold_what_plain_decoding_would(dtype: torch.dtype, build: str) -> None:
+    setup = Setup("gqa", dtype, build)
+    nodes = Nodes(100)
+    for parent in (0, 0, 2, 1, 3, 5):
+        nodes.append(parent)
+    path = nodes.path(6)  # 0, 2, 3, 5, 6
+    tree, plain = setup.cache(junk=10.0), setup.cache(junk=10.0)
+    for cache in (tree, plain):
+        setup.run((100,), cache)
+    rows = setup.x[100 : 100 + len(nodes)]
+    setup.passes.run(setup.blocks, rows, 100, tree, 0, nodes)
+    setup.passes.move(tree, [100 + node for node in path[1:]], range(101, 100 + len(path)))
+    setup.passes.run(setup.blocks, rows[path], 100, plain, 0)
+    for found, wanted in zip(setup.by_position(tree), setup.by_position(plain), strict=True):
+        assert torch.equal(found[:, :, : 100 + len(path)], wanted[:, :, : 100 + len(path)])
+
+
+def from_bytes(linear: Linear) -> Tensor:
+    """The weights, (out, in), that bytes stand for."""
+    assert linear.scale is not None
+    levels = linear.weight.transpose(1, 2).flatten(2).flatten(0, 1)[: linear.rows]
+    return (levels.double() - 64) * linear.scale[: linear.rows, None]
+
+
+@pytest.mark.parametrize("shape", ["gqa", "smollm2", "mha of 128", "group of 5", "head of 256"])
+def test_blocks_of_bytes_are_those_of_their_weights(shape: str) -> None:
+    setup = Setup(shape, torch.bfloat16, "native")
+    if setup.passes.draft_layout != "bytes":
+        pytest.skip("this processor reads no bytes")
+    setup.blocks = [weights.block("bytes") for weights in setup.weights]
+    for weights, block in zip(setup.weights, setup.blocks, strict=True):
+        for name, (weight, bias) in weights.linears.items():
+            taken = from_bytes(getattr(block, name))
+            assert (taken - weight).abs().amax() <= weight.abs().amax() / 100
+            weights.linears[name] = (taken, bias)
+    first = setup.run(CHUNKINGS[0])
+    near(first, setup.reference(), TOLERANCE[torch.bfloat16])
+    for widths in CHUNKINGS[1:]:
+        assert torch.equal(setup.run(widths), first), widths
+    with threads(3):
+        assert torch.equal(setup.run(CHUNKINGS[1]), first)
+
+
+@pytest.mark.parametrize("rows", [1, 16, 33, 261])
+@pytest.mark.parametrize("size", [32, 576])
+def test_products_of_bytes(rows: int, size: int) -> None:
+    setup = Setup("least", torch.bfloat16, "native")
+    if setup.passes.draft_layout != "bytes":
+        pytest.skip("this processor reads no bytes")
+    bias, norm, x = setup.random(rows), setup.random(size), setup.random(67, size).float()
+    linear = Linear(setup.random(rows, size) / math.sqrt(size), bias, "bytes")
+    whole = setup.passes.project(linear, x, norm)
+    scaled = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * norm.double()
+    near(whole, scaled @ from_bytes(linear).T + bias.double(), TOLERANCE[torch.bfloat16])
+    for width in (1, 3, 16, 17, 32):
+        assert torch.equal(
+            setup.passes.project(linear, x[5 : 5 + width], norm), whole[5 : 5 + width]
+        )
+
+
+@pytest.mark.parametrize("ids", [False, True])
+@pytest.mark.parametrize("layout", ["own", "draft"])
+def test_the_best_ids_of_a_head_are_those_of_its_logits(
+    dtype: torch.dtype, build: str, layout: str, ids: bool
+) -> None:
+    setup = Setup("least", dtype, build)
+    passes = setup.passes
+    weight, norm, x = setup.random(261, 96) / 10, setup.random(96), setup.random(5, 96).float()
+    linear = Linear(weight, layout=passes.layout if layout == "own" else passes.draft_layout)
+    names = torch.randperm(1000, generator=setup.generator)[:261] if ids else None
+    logits = passes.project(linear, x, norm)
+    for k, temperature in ((1, 1.0), (8, 0.7), (300, 1.3)):
+        asked = Asked(k, temperature, None, range(5))
+        found = passes.best(linear, x, norm, asked, names)
+        assert found is not None
+        columns = logits.sort(stable=True, descending=True).indices
+        wanted = columns[:, :k] if names is None else names[columns[:, :k]]
+        assert torch.equal(found[0], wanted)
+        odds = (logits / temperature).softmax(-1).gather(-1, columns[:, :k])
+        torch.testing.assert_close(found[1], odds, rtol=1e-4, atol=1e-7)
+    assert passes.best(linear, x, norm, Asked(1, 1.0, 5, range(5)), names) is None
 
 
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 31, 32, 33, 48, 261])
@@ -319,8 +453,5 @@ def test_stored_keys_and_values_lie_where_a_pass_reads_them(
     plain = TorchPasses(config, setup.rotary, dtype, torch.device("cpu"), exact=True)
     setup.passes.store(projected, 90, found, 1)
     plain.store(projected, 90, wanted, 1)
-    assert torch.equal(found.keys[1], wanted.keys[1])
-    values = found.values[1]
-    assert torch.equal(
-        in_positions(values) if setup.layout == "tiles" else values, wanted.values[1]
-    )
+    for cells, plain_cells in zip(setup.by_position(found), wanted.storage.unbind(1), strict=True):
+        assert torch.equal(cells[1], plain_cells[1])

@@ -89,8 +89,8 @@ def test_the_trees_follow_starts_anywhere_on_a_chain(tokens: list[int], data) ->
         st.lists(st.integers(0, 2), min_size=len(tokens) - first, max_size=len(tokens) - first)
     )
     tree = Tree(tokens[0])
-    for token in tokens[1:]:
-        tree.append(token)
+    for parent, token in enumerate(tokens[1:]):
+        tree.append(token, parent)
     wanted = first
     while wanted + 1 < len(tokens) and tokens[wanted + 1] == picks[wanted - first]:
         wanted += 1

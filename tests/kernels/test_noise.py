@@ -157,3 +157,21 @@ def test_coupled_picks_agree_as_often_as_promised() -> None:
     slack = Z * math.sqrt(0.25 / 100_000)
     assert (1 - tv) / (1 + tv) - slack < agree < 1 - tv + slack
     assert 0.1 < tv < 0.5
+
+
+def test_no_pair_of_tokens_is_favoured() -> None:
+    """Of two tokens with equal logits each wins half of the positions.
+
+    2,000 pairs over 4,096 positions; the largest of 2,000 |z| exceeds 6 once in 250,000 runs. And
+    their sum of squares is χ² with 2,000 degrees of freedom: beyond 6 standard deviations likewise.
+    """
+    draw = torch.Generator().manual_seed(4)
+    pairs = torch.randint(49152, (2000, 2), generator=draw)
+    pairs[:1000, 1] = pairs[:1000, 0] + 1  # neighbours, and some far apart
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    positions = torch.arange(4096)[:, None]
+    wins = (gumbel(17, positions, pairs[:, 0]) > gumbel(17, positions, pairs[:, 1])).sum(0)
+    z = (wins.double() - 2048) / 32
+    assert z.abs().max() < 6
+    chi, n = float((z**2).sum()), len(pairs)
+    assert abs(chi - n) < 6 * (2 * n) ** 0.5

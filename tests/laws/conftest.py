@@ -21,27 +21,28 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., LM]:
     """Opens one of ``MODELS``, with trained heads if kinds are named; each combination once.
 
     ``kind`` is a way of running passes (see ``open_lm``) and a dtype; ``exits`` names the heads of
-    the exits 1, 2, … in turn.
+    the exits ``first``, ``first`` + 1, … in turn.
     """
     root = tmp_path_factory.mktemp("zoo")
-    opened: dict[tuple[str, str, tuple[str, ...]], LM] = {}
+    opened: dict[tuple[str, str, tuple[str, ...], int], LM] = {}
 
-    def get(name: str, kind: str = "torch fp32", exits: tuple[str, ...] = ()) -> LM:
-        if (name, kind, exits) not in opened:
+    def get(name: str, kind: str = "torch fp32", exits: tuple[str, ...] = (), first: int = 1) -> LM:
+        key = name, kind, exits, first
+        if key not in opened:
             passes, dtype = kind.split()
             folder: Path = root / name
             if not folder.exists():
                 save_model(folder, name)
-            heads = root / "+".join([name, *exits])
+            heads = root / "+".join([name, str(first), *exits])
             if exits and not heads.exists():
-                kinds = {place: HEAD_KINDS[kind] for place, kind in enumerate(exits, 1)}
+                kinds = {place: HEAD_KINDS[kind] for place, kind in enumerate(exits, first)}
                 save_exits(heads, open_checkpoint(folder), kinds)
-            opened[name, kind, exits] = open_lm(
+            opened[key] = open_lm(
                 folder,
                 dtype,
                 Exits.open(heads) if exits else None,
                 passes,
             )
-        return opened[name, kind, exits]
+        return opened[key]
 
     return get

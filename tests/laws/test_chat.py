@@ -94,14 +94,14 @@ def test_errors_in_a_head_are_passed_on_and_forgotten(zoo, error, monkeypatch) -
     head = lm.head(3)
     calls = 0
 
-    def logits(*args):
+    def best(*args):
         nonlocal calls
         calls += 1
         if calls == 3:
             raise error
-        return type(head).logits(head, *args)
+        return type(head).best(head, *args)
 
-    monkeypatch.setattr(head, "logits", logits)
+    monkeypatch.setattr(head, "best", best)
     with pytest.raises(error):
         lm.generate(prompt, hierarchy=exits, max_new_tokens=20)
     monkeypatch.undo()

@@ -5,7 +5,7 @@ Each mutant names the law that catches it; the same law, called the same way, ho
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from unittest import mock
 
@@ -18,15 +18,19 @@ from helpers.laws import (
     random_prompt,
     rollback,
     same_tokens,
+    separate_forgets,
 )
-from helpers.lms import chain, plain
+from helpers.lms import chain, over, plain, separate
 
 from hispec.engine import Decoder
-from hispec.generation import LM, Stream
+from hispec.generation import LM
 from hispec.model.cache import Cache
 from hispec.model.exits import TrainedHead
-from hispec.model.passes import TorchPasses
+from hispec.model.level import Separate
+from hispec.model.torch_passes import TorchPasses
+from hispec.picker import Picker
 from hispec.sampling import Sampling
+from hispec.streaming import Stream
 
 HEADS = ("deep reduced", "block", "deep", "affine reduced")
 EXITS = ((1, 3), (3, 5))
@@ -49,6 +53,12 @@ def law_heads_forget(lm: LM) -> None:
     # Exit 2's head has a block without deep context: what it wrote stays until it writes again.
     for seed in range(3):
         heads_forget(lm, random_prompt(seed, 30), chain((2, 3)), Sampling(1.0, seed), 40)
+
+
+def law_separate_forgets(lm: LM) -> None:
+    for seed in range(3):
+        hierarchy = over(chain((3, 4)), separate(lm, "torch fp32"), 3)
+        separate_forgets(lm, random_prompt(seed, 30), hierarchy, Sampling(1.0, seed), 40)
 
 
 def law_no_layer_twice(lm: LM) -> None:
@@ -83,7 +93,10 @@ def drops_the_first_token() -> Iterator[None]:
 @contextmanager
 def truncates_without_effect() -> Iterator[None]:
     """Rejected positions stay known."""
-    with mock.patch.object(Cache, "truncate", lambda self, length: None):
+    with (
+        mock.patch.object(Cache, "truncate", lambda self, length: None),
+        mock.patch.object(Cache, "keep", lambda self, root, kept: None),
+    ):
         yield
 
 
@@ -92,14 +105,14 @@ def trims_without_write() -> Iterator[None]:
     """mlx-lm's concatenating cache: what is written after a trim lands behind what was trimmed."""
     run = TorchPasses.run
 
-    def mutant(self, blocks, x, position, kv, first):
+    def mutant(self, blocks, x, position, kv, first, nodes=None):
         seen = kv.__dict__.setdefault("seen", {})
         old = {}
         for layer in range(first, first + len(blocks)):
             known = slice(position, max(position, seen.get(layer, 0)))
             old[layer] = known, kv.keys[layer][:, known].clone(), kv.values[layer][:, known].clone()
             seen[layer] = max(seen.get(layer, 0), position + x.shape[0])
-        x = run(self, blocks, x, position, kv, first)
+        x = run(self, blocks, x, position, kv, first, nodes)
         for layer, (known, keys, values) in old.items():
             kv.keys[layer][:, known], kv.values[layer][:, known] = keys, values
         return x
@@ -118,12 +131,13 @@ def has_no_finally() -> Iterator[None]:
 @contextmanager
 def keys_noise_by_draft_length() -> Iterator[None]:
     """The noise is drawn as tokens are drafted, so it depends on how many there were."""
-    pick = Sampling.pick
+    picks = Picker.picks
 
-    def mutant(self: Sampling, logits, first_position, ids=None):
-        return pick(self, logits, first_position + logits.shape[0], ids)
+    def mutant(self: Picker, logits, positions, prefix, ids=None):
+        late = [position + len(positions) for position in positions]
+        return picks(self, logits, late, prefix, ids)
 
-    with mock.patch.object(Sampling, "pick", mutant):
+    with mock.patch.object(Picker, "picks", mutant):
         yield
 
 
@@ -131,11 +145,23 @@ def keys_noise_by_draft_length() -> Iterator[None]:
 def keeps_stale_states() -> Iterator[None]:
     """After a rejection an exit's state of the rejected token passes for that of the correction."""
 
-    def mutant(self: Cache, length: int) -> None:
+    keep = Cache.keep
+
+    def truncate(self: Cache, length: int) -> None:
         for boundary in self.boundaries[1:]:
             self.computed[boundary] = min(self.computed[boundary], length)
 
-    with mock.patch.object(Cache, "truncate", mutant):
+    def keep_but_one(self: Cache, root: int, kept: Sequence[int]) -> None:
+        exit_layer = self.boundaries[0]
+        known = self.computed[exit_layer]
+        keep(self, root, kept)
+        if known > self.computed[exit_layer]:
+            self.computed[exit_layer] += 1  # the correction comes there
+
+    with (
+        mock.patch.object(Cache, "truncate", truncate),
+        mock.patch.object(Cache, "keep", keep_but_one),
+    ):
         yield
 
 
@@ -147,6 +173,17 @@ def heads_remember_rejected_drafts() -> Iterator[None]:
 
 
 @contextmanager
+def separate_models_remember_rejected_drafts() -> Iterator[None]:
+    """A draft model's cache is cropped to the number of tokens that stood, not to those it ran."""
+
+    def keep(self: Separate, root: int, kept: Sequence[int]) -> None:
+        self.cache.truncate(root + len(kept) + 1)
+
+    with mock.patch.object(Separate, "keep", keep):
+        yield
+
+
+@contextmanager
 def recomputes_when_verifying() -> Iterator[None]:
     """transformers' early exit: the target runs the exit's layers again."""
     run = Decoder.run
@@ -154,7 +191,7 @@ def recomputes_when_verifying() -> Iterator[None]:
     def mutant(self: Decoder, level):
         if level is self.levels[-1]:
             root = len(self.tokens) - 1
-            self.cache.truncate(root)
+            level.runner.cache.truncate(root)
         return run(self, level)
 
     with mock.patch.object(Decoder, "run", mutant):
@@ -167,8 +204,9 @@ def accepts_the_first_draft_unseen() -> Iterator[None]:
     run = Decoder.run
 
     def mutant(self: Decoder, level):
-        picks = run(self, level)
-        return picks[:1] + picks[:-1] if len(picks) > 1 else picks
+        picks, ranked = run(self, level)
+        picks = list(picks)
+        return (picks[:1] + picks[:-1] if len(picks) > 1 else picks), ranked
 
     with mock.patch.object(Decoder, "run", mutant):
         yield
@@ -185,6 +223,7 @@ MUTANTS: list[tuple[Callable, Callable[[LM], None]]] = [
     (keeps_stale_states, law_same_tokens),
     (keeps_stale_states, law_rollback),
     (heads_remember_rejected_drafts, law_heads_forget),
+    (separate_models_remember_rejected_drafts, law_separate_forgets),
     (recomputes_when_verifying, law_no_layer_twice),
     (accepts_the_first_draft_unseen, law_same_tokens),
 ]
@@ -197,6 +236,7 @@ def test_a_law_catches(zoo, mutant: Callable, law: Callable[[LM], None]) -> None
         law(lm)
     lm._cache = None  # whatever the mutant left there
     lm._heads.clear()
+    lm._separate.clear()
 
 
 @pytest.mark.parametrize("law", sorted({law for _, law in MUTANTS}, key=lambda law: law.__name__))

@@ -68,7 +68,7 @@ def test_exits_are_sometimes_right_and_sometimes_not(zoo, case: str) -> None:
 def test_when_single_rows_are_padded(zoo, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # Some libraries round narrow passes otherwise; then every pass has at least min_width rows.
     lm = zoo("gqa", f"torch {dtype}")
-    monkeypatch.setattr(lm.model.wide, "min_width", 5)
+    monkeypatch.setattr(lm.model.narrow, "min_width", 5)
     for seed in range(6):
         hierarchy = random_hierarchy(random.Random(seed), lm.model.config.num_layers)
         same_tokens(lm, random_prompt(seed, 250), hierarchy, SAMPLINGS["T=1"], 20)

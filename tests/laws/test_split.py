@@ -14,11 +14,11 @@ from helpers.lms import recording
 from torch import Tensor
 
 from hispec.generation import LM
-from hispec.model.passes import MAX_WIDTH
+from hispec.model.nodes import MAX_WIDTH
 from hispec_kernels.attention import BUCKET, ROWS, decode_attention
 
 KINDS = ("torch fp32", "torch bf16", "compiled fp32", "compiled bf16", "avx2 fp32", "avx2 bf16")
-LENGTH = 300  # beyond an attention bucket
+LENGTH = 300  # beyond two splits of the compiled attention
 
 
 def states_and_cache(lm: LM, tokens: list[int], cuts: list[int], widths) -> tuple[Tensor, list]:
@@ -56,7 +56,7 @@ def drawn(seed: int, least: int):
 def test_layers_and_rows_can_be_cut_anywhere(zoo, name: str, kind: str) -> None:
     lm = zoo(name, kind)
     tokens = random_prompt(11, LENGTH)
-    least = lm.model.wide.min_width  # a single row is padded to it
+    least = lm.model.narrow.min_width  # a single row is padded to it
     wanted = states_and_cache(lm, tokens, [], constant(1))
     for seed, cuts in enumerate(([], [1], [2, 3], list(range(1, lm.model.config.num_layers)))):
         widths = constant(MAX_WIDTH) if seed == 0 else drawn(seed, least)

@@ -13,9 +13,10 @@ import torch
 from helpers.lms import open_lm
 from helpers.tiny_llama import save_tiny_llama
 
-from hispec.generation import LM, load
+from hispec.generation import LM
+from hispec.loading import load
 from hispec.model.exits import SharedHead
-from hispec.model.passes import MAX_WIDTH
+from hispec.model.nodes import MAX_WIDTH, Nodes
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -119,7 +120,7 @@ def our_logits(lm: LM, tokens: Sequence[int], *, prefill: bool, boundary: int | 
             for end in range(0, len(tokens), MAX_WIDTH - 3):
                 upto = min(len(tokens), end + MAX_WIDTH - 3)
                 model.advance(cache, tokens, upto, cache.boundaries[-1])
-        return SharedHead(model, boundary).logits(cache, 0, len(tokens) - 1).float()
+        return SharedHead(model, boundary).logits(cache, 0, Nodes(len(tokens) - 1)).float()
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +11,8 @@ import torch
 from hispec.model.checkpoint import Checkpoint
 from hispec_training.exits import Exits
 from hispec_training.heads import HeadSpec
-from hispec_training.shards import Example, ShardCache, build_shards
+from hispec_training.shard_cache import ShardCache
+from hispec_training.shards import Example, build_shards
 from hispec_training.trunk import Trunk
 
 EXITS = (1, 2)
@@ -38,8 +40,14 @@ def make_cache(folder: Path, checkpoint: Checkpoint, count: int = 24, seed: int 
     )
 
 
-def make_exits(checkpoint: Checkpoint, cache: ShardCache, **spec: object) -> Exits:
+def make_exits(
+    checkpoint: Checkpoint,
+    cache: ShardCache,
+    *,
+    layers: Sequence[int] = EXITS,
+    **spec: object,
+) -> Exits:
     settings = {"kind": "block", "context": "deep", "feature": True, "vocab_size": 100, **spec}
     counts = cache.pick_counts(checkpoint.config.vocab_size)
-    specs = [HeadSpec(e, **settings) for e in EXITS]  # type: ignore[arg-type]
+    specs = [HeadSpec(e, **settings) for e in layers]  # type: ignore[arg-type]
     return Exits(specs, checkpoint, counts, dtype=torch.float32)

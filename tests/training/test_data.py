@@ -83,7 +83,7 @@ def test_empty_prompts_are_counted(tmp_path):
     ("rows", "words"),
     [
         ([{"body": "x", "title": "y"}], ["body, title", "a:1"]),
-        ([{"text": "x"}, "{oops"], ["line 2", "not valid JSON"]),
+        ([{"text": "x"}, "{oops"], ["line 2", "is not JSON"]),
         ([{"text": "x"}, "[1]"], ["line 2", "object"]),
         ([{"text": ""}], ["nothing to train on", "all 1 rows"]),
         ([], ["nothing to train on", "no rows"]),
@@ -110,7 +110,7 @@ def test_missing_and_damaged_files_are_named(tmp_path):
     whole = write(tmp_path / "a.jsonl.gz", [{"text": "x" * 50} for _ in range(50)])
     torn = tmp_path / "torn.jsonl.gz"
     torn.write_bytes(whole.read_bytes()[:-20])
-    with pytest.raises(DataError, match=r"Cannot read .*torn"):
+    with pytest.raises(DataError, match=r"cannot read .*torn"):
         read_records(torn)
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff\xfe"}\n')
     with pytest.raises(DataError, match="not UTF-8"):

@@ -12,11 +12,16 @@ import pytest
 import torch
 
 from hispec.errors import HispecError, UsageError
+from hispec.model import native as native_module
 from hispec.model.checkpoint import open_checkpoint
 from hispec_training import distill
+from hispec_training.answers import read_distilled, shards_of
 from hispec_training.data import DataError
 from hispec_training.decode import BatchDecoder, Request, _argmax
 from hispec_training.files import write_atomically
+from hispec_training.plan import plan_rows
+from hispec_training.shard_cache import ShardCache
+from hispec_training.shards import build_shards, find_states, read_examples
 from hispec_training.trunk import Trunk
 
 ROOT = Path(__file__).parents[2]
@@ -211,9 +216,9 @@ def test_distill_writes_every_prompt_once(tiny_llama, prompt_file, tmp_path, cap
         assert (row["finish"] == "eos") == (row["response_ids"][-1] == 259)
     made = json.loads(Path(f"{out}.provenance.json").read_text())
     assert made["run"]["model"] == open_checkpoint(tiny_llama).fingerprint
-    assert list(distill.read_distilled(out)) == rows
+    assert list(read_distilled(out)) == rows
     out.unlink()  # as while it still runs: the shards are there, the file is not
-    assert list(distill.read_distilled(out)) == rows
+    assert list(read_distilled(out)) == rows
 
 
 def test_greedy_rows_are_the_targets_own(tiny_llama, prompt_file, tmp_path, reference):
@@ -230,7 +235,7 @@ def test_stopped_and_damaged_runs_resume_to_the_same_bytes(tiny_llama, prompt_fi
     distill.main(arguments(tiny_llama, prompt_file, whole))
     distill.main(arguments(tiny_llama, prompt_file, out, "--minutes", 0))
     assert len(rows_of(out)) == 6  # one shard
-    shards = distill.shards_of(out)
+    shards = shards_of(out)
     first = shards / "shard-00000.jsonl"
     first.write_bytes(first.read_bytes()[:-30])
     (shards / ".shard-00001.jsonl.99.part").write_text("torn")
@@ -256,7 +261,7 @@ def test_killed_runs_resume_to_the_same_bytes(tiny_llama, prompt_file, tmp_path)
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
-    shards = distill.shards_of(out)
+    shards = shards_of(out)
     deadline = time.monotonic() + 120
     while not list(shards.glob("shard-*.jsonl")) and time.monotonic() < deadline:
         time.sleep(0.005)
@@ -266,6 +271,50 @@ def test_killed_runs_resume_to_the_same_bytes(tiny_llama, prompt_file, tmp_path)
     assert 1 <= len(list(shards.glob("shard-*.jsonl"))) < 4
     distill.main(arguments(tiny_llama, prompt_file, out, "--resume", *settings))
     assert out.read_bytes() == whole.read_bytes()
+
+
+@pytest.mark.parametrize("layout", ["compiled", "torch"])
+def test_states_are_those_of_a_pass_over_the_texts(
+    make_llama, prompt_file, tmp_path, layout, monkeypatch
+):
+    wide = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "num_attention_heads": 2}
+    model = make_llama(**wide, num_key_value_heads=1)
+    monkeypatch.setenv("HISPEC_NATIVE", "1" if layout == "compiled" else "0")
+    native_module._library.cache_clear()
+    out = tmp_path / "answers.jsonl"
+    distill.main(arguments(model, prompt_file, out, "--states", "1,2", "--dtype", "bf16"))
+    native_module._library.cache_clear()
+    shards = sorted(shards_of(out).glob("*.safetensors"))
+    assert len(shards) == len(list(shards_of(out).glob("*.jsonl"))) > 1
+    checkpoint = open_checkpoint(model)
+    examples, _ = read_examples([out], 4096)
+    last = checkpoint.config.num_layers
+    assert find_states(shards, examples, checkpoint.fingerprint, [1, last])
+    assert not find_states(shards, examples[1:], checkpoint.fingerprint, [1, last])
+    assert not find_states(shards[1:], examples, checkpoint.fingerprint, [1, last])
+    assert not find_states(shards, examples, "another", [1, last])
+    assert not find_states(shards, examples, checkpoint.fingerprint, [3, last])
+    kept = ShardCache(shards)
+    wanted = build_shards(
+        tmp_path / "again",
+        examples,
+        lambda: Trunk(checkpoint, torch.float32),
+        fingerprint=checkpoint.fingerprint,
+        layers=[1, 2, last],
+    )
+    agreed = []
+    for ours, theirs in zip(kept, wanted, strict=True):
+        assert ours.ids.equal(theirs.ids)
+        assert ours.first == theirs.first
+        for e in (1, 2, last):  # what follows the last token was never needed
+            one, other = ours.states[e][:-1].float(), theirs.states[e][:-1].float()
+            assert (one - other).norm() < 0.02 * other.norm()
+        assert ours.top_ids.shape == theirs.top_ids.shape
+        torch.testing.assert_close(ours.top_logits, theirs.top_logits, atol=0.05, rtol=0.05)
+        agreed.append((ours.pick == theirs.pick).float().mean())
+    assert sum(agreed) / len(agreed) > 0.9
+    shards[0].write_bytes(b"torn")
+    assert not find_states(shards, examples, checkpoint.fingerprint, [1, last])
 
 
 def test_evaluation_prompts_stay_out(tiny_llama, prompt_file, tmp_path, capsys):
@@ -300,7 +349,7 @@ def test_plain_text_is_cut_to_a_prefix(checkpoint):
 
     records = [Record("a", "c", text="word " * 100)]
     plan = {"seed": 0, "sampled_fraction": 0.0, "temperatures": [1.0], "max_prompt_tokens": 300}
-    rows, counts = distill.plan_rows(records, checkpoint.tokenizer, **plan)
+    rows, counts = plan_rows(records, checkpoint.tokenizer, **plan)
     assert len(rows[0].prompt_ids) == 64 and not counts
 
 
@@ -320,4 +369,4 @@ def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
 
 def test_reading_what_is_not_there(tmp_path):
     with pytest.raises(DataError, match="no run of that name"):
-        list(distill.read_distilled(tmp_path / "x.jsonl"))
+        list(read_distilled(tmp_path / "x.jsonl"))

@@ -3,7 +3,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from training.exit_setup import EXITS, make_cache, make_exits
 
 from hispec.errors import CheckpointError, UsageError
@@ -14,6 +14,7 @@ TABLE = {
     "texts": "some texts",
     "top1": 0.5,
     "positions": 1234,
+    "divisions": 8,
     "by_category": {"qa": 0.4, "chat": 0.6},
     "by_offset": [0.6, 0.5],
 }
@@ -57,6 +58,38 @@ def test_export_reloads_bit_equal(saved, checkpoint, tmp_path):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
 
 
+def test_a_lora_head_is_a_tiny_file_that_reloads(checkpoint, tmp_path):
+    exits = make_exits(
+        checkpoint, make_cache(tmp_path / "cache", checkpoint), kind="lora", rank=2, start_layer=-1
+    )
+    with torch.no_grad():
+        for p in exits.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn_like(p) * 0.1)
+    TrainedExits.from_training(exits, checkpoint).save_pretrained(tmp_path / "exits")
+    tensors = load_file(tmp_path / "exits" / "exit_1.safetensors")
+    assert tensors["block.mlp.down_proj.lora_A.weight"].shape == (2, 96)
+    assert not any("base_layer" in name for name in tensors)
+    assert "block.input_layernorm.weight" not in tensors
+    entry = json.loads((tmp_path / "exits" / "config.json").read_text())["exits"][0]
+    assert (entry["kind"], entry["layer"], entry["rank"]) == ("lora", 5, 2)
+    loaded = TrainedExits.from_pretrained(tmp_path / "exits", checkpoint)
+    want = exits.heads["1"].state_dict()
+    got = loaded.heads["1"].state_dict()
+    assert got.keys() == want.keys()
+    frozen = {n for n, p in exits.heads["1"].named_parameters() if not p.requires_grad}
+    assert frozen
+    for name in want:
+        exact = want[name] if name in frozen else want[name].bfloat16().float()
+        assert torch.equal(got[name], exact), name
+    load_into(make_exits(checkpoint, make_cache(tmp_path / "cache", checkpoint), kind="lora",
+                         rank=2, start_layer=-1), loaded)  # fmt: skip
+    del tensors["block.mlp_scale"]
+    save_file(tensors, tmp_path / "exits" / "exit_1.safetensors")
+    with pytest.raises(CheckpointError, match="mlp_scale"):
+        TrainedExits.from_pretrained(tmp_path / "exits", checkpoint)
+
+
 def test_files_hold_the_documented_tensors(saved):
     _, folder = saved
     tensors = load_file(folder / "exit_1.safetensors")
@@ -75,8 +108,6 @@ def test_files_hold_the_documented_tensors(saved):
 def test_another_base_is_refused_unless_forced(saved, make_llama):
     _, folder = saved
     other_folder = make_llama("other")
-    from safetensors.torch import save_file
-
     path = other_folder / "model.safetensors"
     tensors = load_file(path)
     tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
@@ -104,7 +135,7 @@ def test_card_shows_base_tables_and_run(saved):
     assert card.startswith("---\nbase_model: ")
     assert record["base"]["fingerprint"] in card
     assert "| all positions | 0.500 | 0.500 |" in card and "| qa | 0.400 | 0.400 |" in card
-    assert "1,234 positions" in card and "- steps: 7" in card
+    assert "1,234 positions, each under 8 divisions" in card and "- steps: 7" in card
 
 
 def test_warm_start_takes_the_weights(saved, checkpoint, tmp_path):
@@ -151,18 +182,22 @@ def test_push_uploads_the_folder(saved, checkpoint, monkeypatch):
         {"feature": False},
         {"context": "none", "feature": False, "vocab_size": 0},
         {"kind": "affine", "context": "none", "feature": False},
+        {"kind": "lora", "rank": 3, "start_layer": 4},
+        {"kind": "lora", "rank": 3, "context": "none", "feature": False},
     ],
-    ids=["deep", "deep without feature", "own context", "affine"],
+    ids=["deep", "deep without feature", "own context", "affine", "lora", "lora, own context"],
 )
 def test_the_engine_drafts_with_what_was_trained(checkpoint, tmp_path, spec):
     """Two rounds with a rejection between: the engine's logits are the trained head's."""
     from hispec.model.exits import Exits as Saved
     from hispec.model.llama import Llama
+    from hispec.model.nodes import Nodes
 
     exits = make_exits(checkpoint, make_cache(tmp_path / "cache", checkpoint), **spec)
     for p in exits.parameters():
-        p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
-        p.copy_(p.bfloat16())
+        if p.requires_grad:  # the rest is the model's
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(2)) * 0.1)
+            p.copy_(p.bfloat16())
     if "proj" in exits.heads["2"]._modules:
         exits.heads["2"].set_input_scale(2.0 ** torch.arange(64).remainder(3))  # exact in bf16
     TrainedExits.from_training(exits, checkpoint).save_pretrained(tmp_path / "exits")
@@ -175,7 +210,7 @@ def test_the_engine_drafts_with_what_was_trained(checkpoint, tmp_path, spec):
     for root, drafted in ((13, 3), (15, 2), (20, 4)):
         model.advance(cache, tokens, root, final)
         model.advance(cache, tokens, root + drafted, e)
-        got = head.logits(cache, root, root)
+        got = head.logits(cache, root, Nodes.line(root, drafted))
         positions = torch.arange(root, root + drafted)[None]
         states = cache.states[e][: root + drafted].float()[None].clone()
         deep = cache.states[final][: root + drafted].float()[None].clone()
@@ -203,7 +238,10 @@ def test_measured_acceptance_is_written_into_the_folder(saved, checkpoint, tmp_p
     tables = json.loads(capsys.readouterr().out)
     record = json.loads((folder / "config.json").read_text())
     table = record["exits"][1]["acceptance"]
-    assert table["texts"] == "data.jsonl" and table["positions"] == 8 * 3 * 27
+    assert table["texts"] == "data.jsonl" and (table["positions"], table["divisions"]) == (
+        3 * 27,
+        8,
+    )
     assert table["top1"] == tables["2"]["top1"] and "by_offset" in table
     assert (folder / "exit_2.safetensors").read_bytes() == weights
     revived = measure.revive(TrainedExits.from_pretrained(folder, checkpoint), checkpoint)

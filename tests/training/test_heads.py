@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from training.exit_setup import make_cache, make_exits
@@ -5,7 +7,9 @@ from training.exit_setup import make_cache, make_exits
 from hispec.errors import UsageError
 from hispec.model.checkpoint import open_checkpoint
 from hispec_training.batches import collate, fixed_roots
-from hispec_training.heads import ExitHead, HeadSpec, Norm, attend, frequent_tokens
+from hispec_training.exit_block import Norm, attend
+from hispec_training.export import TrainedExits, load_into
+from hispec_training.heads import ExitHead, HeadSpec, frequent_tokens
 from hispec_training.least_squares import _rows, scale_inputs, start_from_least_squares
 
 
@@ -42,6 +46,24 @@ def test_block_starts_as_the_models_own_layer(make_llama, config):
     deep = torch.randn(2, 17, checkpoint.config.hidden_size)
     x = head(out.hidden_states[last], deep, positions, roots)
     torch.testing.assert_close(model.lm_head(x), out.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_updates_of_a_lora_block_are_trained(checkpoint):
+    head = ExitHead(HeadSpec(1, "lora", rank=2), checkpoint.config).start_from(checkpoint)
+    plain = ExitHead(HeadSpec(1), checkpoint.config).start_from(checkpoint)
+    trained = {n for n, p in head.named_parameters() if p.requires_grad}
+    inside = {n for n in trained if n.startswith("block.")}
+    assert trained - inside == {n for n, _ in plain.named_parameters() if "block" not in n}
+    kinds = ("lora_A", "lora_B", "context_", "attention_scale", "mlp_scale")
+    assert all(any(kind in name for kind in kinds) for name in inside)
+    assert len([name for name in inside if "lora_" in name]) == 14
+    states, deep = torch.randn(1, 9, 64), torch.randn(1, 9, 64)
+    positions = torch.arange(9)[None]
+    args = (states, deep, positions, positions // 3 * 3)
+    # fresh updates change nothing
+    torch.testing.assert_close(head(*args), plain(*args))
+    head(*args).sum().backward()
+    assert all((p.grad is not None) == (n in trained) for n, p in head.named_parameters())
 
 
 @torch.no_grad()
@@ -114,7 +136,7 @@ def test_vocabulary_is_ranked_by_frequency():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        (HeadSpec(0), "exit_layer must be in"),
+        (HeadSpec(-1), "exit_layer must be in"),
         (HeadSpec(99), "got 99"),
         (HeadSpec(1, "mlp"), "shared, affine, block"),
         (HeadSpec(1, "affine"), "needs a block"),
@@ -181,3 +203,46 @@ def test_scaled_inputs_change_nothing_but_the_scale(checkpoint, tmp_path):
     states = torch.cat([cache[i].states[2][1:] for i in range(len(cache))]).float()
     sizes = (states / head.input_scale).square().mean(0).sqrt()
     assert (sizes > 0.8).all() and (sizes < 1.2).all()
+
+
+def test_a_new_exit_starts_from_the_nearest(checkpoint, tmp_path):
+    """Where both exits' states are the same, the heads say the same; else it is the best map."""
+    cache = make_cache(tmp_path, checkpoint, count=80)
+    donors = randomize(make_exits(checkpoint, cache, layers=(2,)))
+    saved = TrainedExits.from_training(donors, checkpoint)
+    fresh = make_exits(checkpoint, cache, layers=(1,))
+
+    class Alike(type(cache)):
+        def __getitem__(self, index):
+            text = super().__getitem__(index)
+            return replace(text, states=text.states | {1: text.states[2]})
+
+    load_into(fresh, saved, Alike(cache.paths))
+    texts = [Alike(cache.paths)[i] for i in range(4)]
+    roots = [fixed_roots(t.first, len(t.pick), 3, 0) for t in texts]
+    batch = collate(texts, roots, [1, 2, checkpoint.config.num_layers])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            fresh.normed(batch, 1), donors.normed(batch, 2), rtol=0.02, atol=0.02
+        )
+    load_into(fresh, saved, cache)
+    head, donor = fresh.heads["1"], donors.heads["2"]
+
+    def distance(weight):
+        total = torch.zeros(())
+        for i in range(len(cache)):
+            states = cache[i].states
+            read = states[1][1:].float() / head.input_scale
+            wanted = donor.proj(states[2][1:].float() / donor.input_scale)
+            total += (read @ weight.T + head.proj.bias - wanted).square().sum()
+        return total
+
+    with torch.no_grad():
+        best = distance(head.proj.weight)
+        for seed in range(5):
+            noise = torch.randn(
+                head.proj.weight.shape, generator=torch.Generator().manual_seed(seed)
+            )
+            assert distance(head.proj.weight + 0.05 * noise) > best
+    with pytest.raises(UsageError, match="none at layer 1"):
+        load_into(fresh, saved)

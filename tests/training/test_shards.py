@@ -14,7 +14,8 @@ from hispec_training.batches import (
     fixed_roots,
     training_batches,
 )
-from hispec_training.shards import ShardCache, build_shards, cut, read_examples, split_examples
+from hispec_training.shard_cache import ShardCache
+from hispec_training.shards import build_shards, cut, read_examples, split_examples
 from hispec_training.trunk import Trunk
 
 

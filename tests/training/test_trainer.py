@@ -13,10 +13,11 @@ from training.exit_setup import EXITS, make_cache, make_exits
 from hispec.cli import main as hispec
 from hispec.errors import HispecError
 from hispec.model.checkpoint import open_checkpoint
-from hispec_training import loop
+from hispec.model.exits import Exits as ReadyExits
+from hispec_training.checkpoints import CHECKPOINT, learning_rate, read_checkpoint
 from hispec_training.evaluate import ROUND, Tally, _count, evaluate
 from hispec_training.heads import HeadSpec
-from hispec_training.loop import CHECKPOINT, Recipe, Trainer, learning_rate, read_checkpoint
+from hispec_training.loop import Recipe, Trainer
 from hispec_training.report import draw_curves
 
 ROOT = Path(__file__).parents[2]
@@ -150,7 +151,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(checkpoint, cache, tmp_path, m
 
     def fill(row):
         if row["step"] == 3:
-            monkeypatch.setattr(loop.os, "fsync", no_room)
+            monkeypatch.setattr(os, "fsync", no_room)
 
     trainer.on_step = fill
     with pytest.raises(HispecError, match=r"disk is full.*step 4.*the one before it is kept"):
@@ -161,8 +162,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(checkpoint, cache, tmp_path, m
 
 
 def test_schedule_rises_and_falls():
-    recipe = Recipe(steps=100, warmup_steps=10, lr=1.0)
-    rates = [learning_rate(recipe, step) for step in range(100)]
+    rates = [learning_rate(1.0, 10, 100, step) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 1e-3
 
@@ -224,17 +224,43 @@ def distilled(make_llama):
     return folder
 
 
-def test_command_trains_from_prompts_to_a_folder(make_llama, tmp_path, capsys):
+@pytest.mark.parametrize("exits", [[1, 2], [0, 2]])  # before the first layer nothing is kept
+def test_command_trains_from_prompts_to_a_folder(exits, make_llama, tmp_path, capsys):
     folder = make_llama()
     prompts = [{"text": f"some words to go on from, number {i}"} for i in range(30)]
     (folder / "data.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
     out = tmp_path / "exits"
-    assert hispec(command(folder, out, "--max-new-tokens", "8")) == 0
+    more = ["--max-new-tokens", "8", "--exits", ",".join(map(str, exits))]
+    assert hispec(command(folder, out, *more)) == 0
     record = json.loads((out / "config.json").read_text())
-    assert [entry["exit_layer"] for entry in record["exits"]] == [1, 2]
+    assert [entry["exit_layer"] for entry in record["exits"]] == exits
     assert 0 <= record["exits"][0]["acceptance"]["top1"] <= 1
+    # What nobody has measured yet runs what costs least, and only while it pays.
+    presets = ReadyExits.open(out).best
+    assert [level.exit_layer for level in presets["hispec"].levels] == exits
+    for name in ("layerskip", "auto"):
+        assert [level.exit_layer for level in presets[name].levels] == exits[:1]
+        assert presets[name].levels[0].ranks
     assert (out / "report" / "curves.png").exists() and (out / "README.md").exists()
-    assert capsys.readouterr().out == ""
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "states of 1 shards are there from answering" in said.err
+    assert not (out / "work" / "cache").exists()  # no second pass over the texts
+
+
+def test_a_lora_head_learns_and_resumes(distilled, tmp_path):
+    """The model's own layer with low-rank updates: the loss falls, the layer stays."""
+    out = tmp_path / "exits"
+    lora = ["--head", "lora", "--head-rank", "4", "--lr", "0.01"]
+    assert hispec(command(distilled, out, *lora, "--steps", "20")) == 0
+    state = read_checkpoint(out / "work" / CHECKPOINT)
+    losses = [row["loss_1"] for row in state["history"]["losses"]]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    base = open_checkpoint(distilled).tensor("model.layers.1.mlp.up_proj.weight")
+    assert torch.equal(state["weights"]["heads.1.block.mlp.up_proj.base_layer.weight"], base)
+    assert state["weights"]["heads.1.block.mlp.up_proj.lora_B.default.weight"].abs().max() > 0
+    assert (out / "exit_1.safetensors").stat().st_size < 80_000
+    assert hispec(command(distilled, out, *lora, "--steps", "20", "--resume")) == 0
 
 
 def test_data_with_answers_needs_no_decoding(make_llama, tmp_path, monkeypatch):

@@ -16,8 +16,9 @@ from hispec.bench import roster
 from hispec.bench.baselines import HF, HFModel, LlamaCpp, restored
 from hispec.bench.methods import Engine, Question, Workbench
 from hispec.errors import UsageError
-from hispec.generation import LM, load
+from hispec.generation import LM
 from hispec.hierarchy import AR, Hierarchy, Level
+from hispec.loading import load
 
 PROMPT = [7, 3, 9, 11, 250, 31, 7, 3, 9]
 LIMIT = 40

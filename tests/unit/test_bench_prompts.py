@@ -78,7 +78,7 @@ def test_missing_and_empty_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no prompts"):
         load_prompts(str(write(tmp_path / "empty.jsonl", "")))
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\n")
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(UsageError, match="not UTF-8"):
         load_prompts(str(tmp_path / "bytes.jsonl"))
     with pytest.raises(UsageError, match="--limit must be at least 1"):
         load_prompts("builtin", 0)

@@ -20,8 +20,9 @@ from hispec.bench.report import write_comparison, write_report
 from hispec.bench.run import Plan, Run, pieces
 from hispec.bench.summary import summarize
 from hispec.errors import UsageError
-from hispec.generation import LM, load
+from hispec.generation import LM
 from hispec.hierarchy import Hierarchy, Level
+from hispec.loading import load
 
 TWO_LEVELS = Hierarchy((Level(2, 2), Level(4, 4)), "hispec")
 

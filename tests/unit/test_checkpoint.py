@@ -247,8 +247,6 @@ def test_truncated_json(keep: int, make_llama: Callable[..., Path]) -> None:
 
 def test_folders_that_are_no_models(tmp_path: Path, make_llama: Callable[..., Path]) -> None:
     assert "no config.json" in refusal(tmp_path)
-    (tmp_path / "adapter_config.json").write_text("{}")
-    assert "merge" in refusal(tmp_path)
     folder = make_llama()
     (folder / "model.safetensors").unlink()
     assert "no model.safetensors" in refusal(folder)

@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 from helpers.lms import chain, open_lm, save_model
 
 import hispec
 from hispec.errors import UsageError
 from hispec.generation import LM
 from hispec.hierarchy import Hierarchy
+from hispec.loading import without_kernels
 from hispec.sampling import Sampling
 
 EXITS = chain((1, 3), (3, 5))
@@ -29,6 +32,25 @@ def refusal(function: Callable, *args, **kwargs) -> str:
         function(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_a_gpu_without_kernels_is_said_in_one_line(lm: LM) -> None:
+    reason = "Triton is not installed (pip install triton)"
+    model = mock.Mock(device=torch.device("cuda"), why_not_native=reason)
+    assert without_kernels(model).startswith(f"hispec: no GPU kernels ({reason}); ")
+    assert "\n" not in without_kernels(model)
+    model.why_not_native = ""
+    assert without_kernels(model) == ""
+    assert without_kernels(lm.model) == ""
+
+
+def test_a_shorter_context_bounds_prompts_and_cache(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "gqa", "gqa")
+    short = hispec.load(folder, dtype="fp32", device="cpu", context=40)
+    assert short.model.capacity == 512 < 1024 == short.checkpoint.config.max_positions
+    assert "context holds 40" in refusal(short.stream, [1] * 40)
+    assert short.generate([1] * 38, max_new_tokens=9).num_tokens == 2
+    assert "in [2, 1024]" in refusal(hispec.load, folder, dtype="fp32", device="cpu", context=1025)
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), SAMPLED])
@@ -115,7 +137,7 @@ def test_prompts_that_are_refused(lm: LM, prompt, words: str) -> None:
         ({"max_new_tokens": -3}, "got -3"),
         ({"hierarchy": "hispek"}, "Did you mean 'hispec'?"),
         ({"hierarchy": "none.json"}, "cannot read hierarchy none.json"),
-        ({"hierarchy": chain((6, 2))}, "must be in [1, 5] for this 6-layer model, got 6"),
+        ({"hierarchy": chain((6, 2))}, "must be in [0, 5] for this 6-layer model, got 6"),
     ],
 )
 def test_options_that_are_refused_before_any_work(lm: LM, options, words: str) -> None:
@@ -130,8 +152,8 @@ def test_a_hierarchy_from_a_file(lm: LM, tmp_path: Path) -> None:
     assert result.hierarchy.name == "mine"
 
 
-def test_auto_is_plain_decoding_where_no_exits_were_measured(lm: LM) -> None:
-    assert lm.hierarchy() == Hierarchy((), "ar")
+def test_auto_is_the_databases_where_no_exits_were_measured(lm: LM) -> None:
+    assert lm.hierarchy() == lm.hierarchy("hd")
 
 
 def test_the_json_document(lm: LM) -> None:

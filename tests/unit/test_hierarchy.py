@@ -9,8 +9,16 @@ import pytest
 from helpers.lms import chain
 
 from hispec.errors import UsageError
-from hispec.hierarchy import MAX_WIDTH, PRESETS, Hierarchy, Level, eighth_and_quarter, preset
-from hispec.model import passes
+from hispec.hierarchy import (
+    MAX_WIDTH,
+    PRESETS,
+    SOURCES,
+    Hierarchy,
+    Level,
+    eighth_and_quarter,
+    preset,
+)
+from hispec.model import nodes
 
 
 def refusal(function, *args) -> str:
@@ -44,7 +52,8 @@ def test_presets() -> None:
     assert preset("hispec-paper", 30) == Hierarchy((Level(4, 2), Level(8, 4)), "hispec-paper")
     assert preset("layerskip", 30) == Hierarchy((Level(8, 6),), "layerskip")
     assert preset("hispec", 30) == Hierarchy((Level(4, 2), Level(8, 4)), "hispec")
-    assert preset("auto", 30).levels == ()
+    assert preset("auto", 30) == preset("hd", 30)
+    assert [source for source, _ in preset("hd", 30).sources] == list(SOURCES)
     for name in PRESETS:
         preset(name, 6).check(6)
 
@@ -61,12 +70,22 @@ def test_an_unknown_preset_names_the_nearest() -> None:
     message = refusal(preset, "layerskp", 30)
     assert "'layerskp'" in message
     assert "Did you mean 'layerskip'?" in message
-    assert "Known: ar, layerskip, hispec, auto" in message
+    assert "Known: ar, layerskip, hispec, hd, auto" in message
 
 
-@pytest.mark.parametrize("levels", [(), ((4, 2),), ((4, 2), (8, 4), (20, 1))])
-def test_json_and_back(levels) -> None:
-    hierarchy = Hierarchy(chain(*levels).levels, "mine")
+@pytest.mark.parametrize(
+    "hierarchy",
+    [
+        Hierarchy((), "mine"),
+        Hierarchy((Level(4, 2),), "mine"),
+        Hierarchy((Level(4, 2), Level(8, 4, ranks=True), Level(20, 1)), "mine"),
+        Hierarchy((Level(0, 3, model="org/small"), Level(4, 2)), "mine"),
+        Hierarchy((Level(0, 3, ranks=True, model="small"),), "mine", (("context", 4),), 7),
+        Hierarchy((), "mine", (("context", 4), ("recycle", 0)), 7),
+        Hierarchy((Level(4, 2, ranks=True),), "mine", (("history", 31),), 29, branches=False),
+    ],
+)
+def test_json_and_back(hierarchy: Hierarchy) -> None:
     document = json.loads(json.dumps(hierarchy.to_json()))
     assert Hierarchy.from_json(document) == hierarchy
 
@@ -97,6 +116,34 @@ def test_a_file_without_a_name_is_called_after_it(tmp_path: Path) -> None:
             "window must be a whole number, got 2.0",
         ),
         ('{"levels": [{"exit_layer": true, "window": 2}]}', "must be a whole number, got True"),
+        (
+            '{"levels": [{"exit_layer": 4, "window": 2, "ranks": 1}]}',
+            "must be true or false, got 1",
+        ),
+        ('{"levels": [{"model": "small"}]}', "lacks window"),
+        ('{"levels": [{"model": "small", "exit_layer": 4, "window": 2}]}', "has exit_layer"),
+        ('{"levels": [{"model": 4, "window": 2}]}', "model must be a text, got 4"),
+        ('{"levels": [{"model": "", "window": 2}]}', "model must name a folder or a hub id"),
+        (
+            '{"levels": [{"exit_layer": 4, "window": 2}, {"model": "a/small", "window": 2}]}',
+            "so it stands below them: put model small first",
+        ),
+        (
+            '{"levels": [{"model": "a/x", "window": 2}, {"model": "b/x/", "window": 2}]}',
+            "two levels are called model x",
+        ),
+        ('{"levels": [{"model": "a/x", "window": 0}]}', "got 0 at model x"),
+        ('{"levels": [], "level": 3}', "has level"),
+        ('{"levels": [], "name": 3}', "name must be a text, got 3"),
+        ('{"levels": [], "sources": ["context"]}', "sources must be an object"),
+        ('{"levels": [], "sources": {"contxt": 3}}', "Did you mean 'context'?"),
+        ('{"levels": [], "sources": {"context": "3"}}', "budget of context must be a whole number"),
+        ('{"levels": [], "sources": {"context": 32}}', "context must be in [0, 31], got 32"),
+        ('{"levels": [], "sources": {"context": 3}, "nodes": 32}', "nodes must be in [0, 31]"),
+        (
+            '{"levels": [{"exit_layer": 4, "window": 9}], "sources": {"context": 3}, "nodes": 23}',
+            "nodes must be in [0, 22], what the windows leave of a pass of 32 rows; got 23",
+        ),
         (
             '{"levels": [{"exit_layer": 4, "window": 0}]}',
             "window must be at least 1, got 0 at exit 4",
@@ -135,10 +182,9 @@ def test_hierarchies_that_make_no_sense(levels, words: str) -> None:
 @pytest.mark.parametrize(
     ("exit_layer", "words"),
     [
-        (30, "must be in [1, 29] for this 30-layer model, got 30. Use 29 or drop the level"),
+        (30, "must be in [0, 29] for this 30-layer model, got 30. Use 29 or drop the level"),
         (99, "got 99"),
-        (0, "got 0. Use 1 or more"),
-        (-1, "got -1. Use 1 or more"),
+        (-1, "got -1. Use 0 or more"),
     ],
 )
 def test_exits_the_model_does_not_have(exit_layer: int, words: str) -> None:
@@ -146,10 +192,29 @@ def test_exits_the_model_does_not_have(exit_layer: int, words: str) -> None:
 
 
 def test_the_widest_hierarchy_fits_a_pass() -> None:
-    assert MAX_WIDTH == passes.MAX_WIDTH
+    assert MAX_WIDTH == nodes.MAX_WIDTH
     chain((1, MAX_WIDTH - 1)).check(2)
 
 
 def test_how_a_hierarchy_reads() -> None:
     assert str(preset("ar", 30)) == "ar: plain decoding"
+    assert str(preset("hd", 30)).startswith("hd: context + history + corpus + recycle (")
+    mixed = Hierarchy((Level(4, 2),), "mine", (("context", 4), ("recycle", 0)), 7, branches=False)
+    assert str(mixed) == "mine: context (7 tokens in a chain) → exit 4 (window 2) → target"
     assert str(preset("hispec", 30)) == "hispec: exit 4 (window 2) → exit 8 (window 4) → target"
+
+
+def test_models_below_a_hierarchy() -> None:
+    below = preset("hispec", 30).over(["a/small", "b/large/"])
+    assert below.name == "hispec+small+large"
+    assert [level.name for level in below.levels] == [
+        "model small", "model large", "exit 4", "exit 8"
+    ]  # fmt: skip
+    assert below.exit_layers == (4, 8)
+    assert [level.model for level in below.models] == ["a/small", "b/large/"]
+    assert not any(level.ranks for level in below.models)
+    assert preset("hd", 30).over(["a/small"]).levels[0].ranks, "it must not veto databases"
+    assert preset("hd", 30).over([]) == preset("hd", 30)
+    assert "model small (window 4) → model large (window 4) → exit 4" in str(below)
+    below.check(30)
+    assert "two levels are called model small" in refusal(below.over, ["c/small"])

@@ -18,17 +18,29 @@ ROOT = Path(__file__).parents[2]
 RANKS = {
     "errors": 0,
     "hierarchy": 1,  # a plain description; exits and engine read it
+    "jsonl": 1,
     "text": 1,
     "model": 2,
+    "arguments": 3,
+    "processors": 3,
+    "picker": 3,
     "sampling": 3,
+    "prompt": 3,
     "sources": 3,
     "tree": 3,
+    "odds": 3,
+    "planner": 4,  # its tables are the shelf's, its replay is the engine's
+    "drafter": 4,
     "engine": 4,
+    "shelf": 5,
+    "result": 5,
+    "streaming": 5,
     "generation": 5,
+    "loading": 5,
     "advice": 6,
+    "answers": 6,
     "bench": 6,
     "hf": 6,
-    "planner": 6,
     "trial": 6,
     "commands": 7,
     "cli": 7,
@@ -113,6 +125,16 @@ def test_every_import_goes_down() -> None:
         for complaint in complaints(module, package, path.read_text(encoding="utf-8"))
     ]
     assert not found, "\n".join(found)
+
+
+def test_triton_is_loaded_only_where_its_kernels_are() -> None:
+    # Everything imports without Triton and without a GPU.
+    for module, package, path in our_modules():
+        if module.startswith("hispec_kernels.gpu."):
+            continue
+        for name, lazy in imports_of(path.read_text(encoding="utf-8"), package):
+            kernels = name.startswith(("triton", "hispec_kernels.gpu."))
+            assert lazy or not kernels, f"importing {module} loads {name}"
 
 
 def test_every_module_has_a_rank() -> None:

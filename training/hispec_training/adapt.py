@@ -1,10 +1,11 @@
 """The training loop of ``lora`` mode: early-exit losses, and a pull back to the original.
 
 A step takes some cached answers of the original and runs the adapted layers as deep as its losses
-need. The exits of the curriculum learn the original's picks through the shared norm and head;
-every few steps the pass goes on to the last layer, where the divergence from the original's
-distribution is added, at some positions of prompts and answers alike. Passes that stop at the
-deepest exit cost a third of a full one, which on a CPU decides how much text is seen.
+need. The exits of the curriculum learn the original's picks through the shared norm and head; some
+of the texts go on to the last layer, where the divergence from the original's distribution is
+added, at some positions of prompts and answers alike. What stops at the deepest exit costs a third
+of a full pass, which on a CPU decides how much text is seen. Every step has texts of both kinds: a
+full pass every few steps instead, weighing as much more, shakes the optimizer.
 
 A step is a function of the weights, the optimizer's state and the step's number, so a run killed
 at any moment and resumed ends with the weights it would have had. Processes share a batch's texts
@@ -13,7 +14,6 @@ and add up their gradients; the updates are small, so one sum of one flat tensor
 
 from __future__ import annotations
 
-import io
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,14 +24,22 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hispec.errors import HispecError
 from hispec_training.adapter import Student, lora_parameters
+from hispec_training.checkpoints import (
+    CHECKPOINT,
+    History,
+    check_same_run,
+    diverged,
+    learning_rate,
+    read_checkpoint,
+    write_checkpoint,
+)
 from hispec_training.curriculum import drop_rates, dropped_layers, exit_weights, exits_at
 from hispec_training.divergence import divergence
-from hispec_training.files import write_atomically
-from hispec_training.loop import CHECKPOINT, History, read_checkpoint
 from hispec_training.losses import sparse_cross_entropy, sparse_targets
-from hispec_training.shards import ShardCache, cut
+from hispec_training.padded import collate, kept_count, text_batches
+from hispec_training.shard_cache import ShardCache
+from hispec_training.shards import cut
 
 # Settings that do not change the weights, so that a resumed run may change them.
 _FREE = frozenset({"eval_every", "save_every", "eval_texts"})
@@ -53,7 +61,7 @@ class LoraRecipe:
         exit_scale: How much more deeper exits weigh.
         layer_dropout: Chance of the last layer to be left out; lower layers have less.
         keep: Weight of the divergence from the original.
-        keep_every: Steps from one full pass to the next.
+        keep_share: Share of a batch's texts that go on to the last layer.
         keep_fraction: Share of positions with a divergence in those.
         clip: Largest gradient norm.
         seed: Of order, positions and dropped layers.
@@ -74,7 +82,7 @@ class LoraRecipe:
     exit_scale: float = 0.0
     layer_dropout: float = 0.0
     keep: float = 2.0
-    keep_every: int = 2
+    keep_share: float = 0.5
     keep_fraction: float = 0.25
     clip: float = 1.0
     seed: int = 0
@@ -82,74 +90,6 @@ class LoraRecipe:
     save_every: int = 100
     eval_texts: int = 48
     autocast: bool = True
-
-
-@dataclass(frozen=True)
-class TextBatch:
-    """Padded texts.
-
-    Attributes:
-        ids: (B, T) int64.
-        chosen: (B, T) bool, positions with a target.
-        pick: (N,) int64 the original's picks there, row by row.
-        top_ids: (N, K) int64.
-        top_logits: (N, K) fp32.
-        kept: (B, T) bool, positions with a divergence.
-        final: (M, D) the original's final states there, before the norm.
-    """
-
-    ids: Tensor
-    chosen: Tensor
-    pick: Tensor
-    top_ids: Tensor
-    top_logits: Tensor
-    kept: Tensor
-    final: Tensor
-
-
-def text_batches(cache: ShardCache, batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
-    """Returns a random order of batches of similar length, each at most ``batch_tokens`` padded."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    order = torch.randperm(len(cache), generator=generator).tolist()
-    batches: list[list[int]] = []
-    for start in range(0, len(order), 512):
-        window = sorted(order[start : start + 512], key=lambda i: cache.lengths[i])
-        batches += cut(window, cache.lengths, batch_tokens)
-    return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-
-def kept_count(length: int, fraction: float) -> int:
-    """Returns at how many positions of a text the divergence is taken; at least one."""
-    return max(1, math.ceil(length * fraction))
-
-
-def collate(
-    cache: ShardCache, indices: Sequence[int], final_layer: int, fraction: float, seed: int
-) -> TextBatch:
-    """Returns the batch of some texts; the divergence's positions are drawn from (seed, text)."""
-    texts = [cache[i] for i in indices]
-    shape = (len(texts), max(len(text.ids) for text in texts))
-    ids = torch.zeros(shape, dtype=torch.int64)
-    chosen, kept = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-    final = []
-    for row, (index, text) in enumerate(zip(indices, texts, strict=True)):
-        length = len(text.ids)
-        ids[row, :length] = text.ids
-        chosen[row, text.first : text.first + len(text.pick)] = True
-        generator = torch.Generator().manual_seed(seed * 1_000_033 + index)
-        order = torch.randperm(length, generator=generator)
-        places = order[: kept_count(length, fraction)].sort().values
-        kept[row, places] = True
-        final.append(text.states[final_layer][places])
-    return TextBatch(
-        ids=ids,
-        chosen=chosen,
-        pick=torch.cat([text.pick for text in texts]).long(),
-        top_ids=torch.cat([text.top_ids for text in texts]).long(),
-        top_logits=torch.cat([text.top_logits for text in texts]).float(),
-        kept=kept,
-        final=torch.cat(final),
-    )
 
 
 class LoraTrainer:
@@ -235,9 +175,7 @@ class LoraTrainer:
             "recipe": asdict(self.recipe),
             "history": asdict(self.history),
         }
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(self.folder / CHECKPOINT, buffer.getvalue())
+        write_checkpoint(self.folder / CHECKPOINT, state)
 
     def resume(self) -> bool:
         """The run stands where the checkpoint left it; False if there is none.
@@ -249,17 +187,8 @@ class LoraTrainer:
         if not path.exists():
             return False
         state = read_checkpoint(path)
-        ours, theirs = asdict(self.recipe), state["recipe"]
-        changed = sorted(
-            key
-            for key in ours.keys() | theirs
-            if ours.get(key) != theirs.get(key) and key not in _FREE
-        )
-        if changed or sorted(state["weights"]) != self.names:
-            raise HispecError(
-                f"{path} belongs to a run with other settings ({', '.join(changed) or 'ranks'}): "
-                "resume with the same ones, or give another --out."
-            )
+        same = sorted(state["weights"]) == self.names
+        check_same_run(path, asdict(self.recipe), state["recipe"], same, "ranks", _FREE)
         with torch.no_grad():
             for name, parameter in zip(self.names, self.parameters, strict=True):
                 parameter.copy_(state["weights"][name])
@@ -280,17 +209,17 @@ class LoraTrainer:
     def _one_step(self, parts: list[list[int]]) -> dict[str, float]:
         recipe, world = self.recipe, self.accelerator.num_processes
         exits = exits_at(self.step, recipe.steps, recipe.exits, recipe.curriculum)
-        full = recipe.keep > 0 and self.step % recipe.keep_every == 0
         dropped = dropped_layers(self._rates, recipe.seed, self.step)
         # Known from the cache, so that no process has to ask the others.
         texts = [i for part in parts for i in part]
         targets = sum(self.cache.response_lengths[i] for i in texts)
-        kept = sum(kept_count(self.cache.lengths[i], recipe.keep_fraction) for i in texts)
+        onward = {i for part in parts for i in self._onward(part)}
+        kept = sum(kept_count(self.cache.lengths[i], recipe.keep_fraction) for i in onward)
         shares = exit_weights(exits, recipe.exit_scale)
         sums = torch.zeros(2 * len(exits) + 1, dtype=torch.float64)
         for part in parts:
             if mine := part[self.accelerator.process_index :: world]:
-                total, counts = self._losses(mine, shares, full, dropped, targets, kept)
+                total, counts = self._losses(mine, onward, shares, dropped, targets, kept)
                 self.accelerator.backward(total)
                 sums += counts
         flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
@@ -298,36 +227,42 @@ class LoraTrainer:
         if world > 1:
             flat = self.accelerator.reduce(flat, "sum")
             sums = self.accelerator.reduce(sums.to(flat.device), "sum").cpu()
-        row: dict[str, float] = {"targets": targets, "lr": learning_rate(recipe, self.step)}
+        lr = learning_rate(recipe.lr, recipe.warmup_steps, recipe.steps, self.step)
+        row: dict[str, float] = {"targets": targets, "lr": lr}
         for i, e in enumerate(exits):
             row |= {f"loss_{e}": float(sums[2 * i]), f"right_{e}": float(sums[2 * i + 1])}
-        if full:
+        if onward:
             row["kl"] = float(sums[-1])
         norm = flat.norm()
         if not (math.isfinite(float(sums.sum())) and math.isfinite(float(norm))):  # sync:
             self.optimizer.zero_grad()
             self.save()
-            raise HispecError(
-                f"The loss is not a number at step {self.step + 1}: the weights before it are in "
-                f"{self.folder / CHECKPOINT}; lower --lr (now {recipe.lr:g}) or look at the data."
-            )
+            raise diverged(self.folder / CHECKPOINT, self.step + 1, recipe.lr)
         flat *= min(1.0, recipe.clip / (float(norm) + 1e-6))
         for parameter, grad in zip(
             self.parameters, flat.split([p.numel() for p in self.parameters]), strict=True
         ):
             parameter.grad = grad.view_as(parameter)
         for group in self.optimizer.param_groups:
-            group["lr"] = row["lr"]
+            group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         return row
 
+    def _onward(self, texts: Sequence[int]) -> list[int]:
+        """Which texts of a batch go on to the last layer: as many each step, in turn."""
+        if self.recipe.keep == 0:
+            return []
+        count = math.ceil(len(texts) * self.recipe.keep_share)
+        places = (self.step + j * len(texts) // count for j in range(count))
+        return [texts[place % len(texts)] for place in places]
+
     def _losses(
         self,
         indices: list[int],
+        onward: set[int],
         shares: dict[int, float],
-        full: bool,
         dropped: frozenset[int],
         targets: int,
         kept: int,
@@ -336,7 +271,8 @@ class LoraTrainer:
         recipe, student = self.recipe, self.student
         device = self.accelerator.device
         seed = recipe.seed * 1_000_003 + self.step
-        batch = collate(self.cache, indices, student.num_layers, recipe.keep_fraction, seed)
+        last = student.num_layers
+        batch = collate(self.cache, indices, last, onward, recipe.keep_fraction, seed)
         wanted = sparse_targets(
             batch.pick.to(device),
             batch.top_ids.to(device),
@@ -345,10 +281,10 @@ class LoraTrainer:
             recipe.soft,
         )
         counts = torch.zeros(2 * len(shares) + 1, dtype=torch.float64)
-        stops = {*shares, student.num_layers} if full else set(shares)
+        rows = [row for row, index in enumerate(indices) if index in onward]
         chosen = batch.chosen.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.autocast):
-            states = student(batch.ids.to(device), stops, dropped)
+            states = student(batch.ids.to(device), shares, dropped)
             total = torch.zeros((), device=device)
             for i, (e, share) in enumerate(shares.items()):
                 x = student.normed(states[e][chosen])  # (N, D)
@@ -356,12 +292,13 @@ class LoraTrainer:
                 total = total + loss * (share / targets)
                 counts[2 * i] = loss.detach().double() / targets
                 counts[2 * i + 1] = (picks == batch.pick.to(device)).sum().double() / targets
-            if full:
-                x = student.normed(states[student.num_layers][batch.kept.to(device)])  # (M, D)
+            if rows:
+                top = max(shares)
+                h = student.run(states[top][rows], top, (last,), dropped)[last]
+                x = student.normed(h[batch.kept[rows].to(device)])  # (M, D)
                 original = student.normed(batch.final.to(x))
                 kl = divergence(x, original, self._head)
-                # A full pass comes once in keep_every steps and stands for all of them.
-                total = total + kl * (recipe.keep * recipe.keep_every / kept)
+                total = total + kl * (recipe.keep / kept)
                 counts[-1] = kl.detach().double() / kept
         return total, counts
 
@@ -376,7 +313,7 @@ class LoraTrainer:
         levels = (*recipe.exits, self.student.num_layers)
         right, seen = dict.fromkeys(levels, 0), 0
         for part in cut(list(texts), self.held_out.lengths, recipe.batch_tokens):
-            batch = collate(self.held_out, part, self.student.num_layers, 0.0, 0)
+            batch = collate(self.held_out, part, self.student.num_layers)
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.autocast):
                 states = self.student(batch.ids.to(device), levels)
                 for e in levels:
@@ -392,11 +329,3 @@ class LoraTrainer:
     def _tell(self, row: dict[str, float]) -> None:
         if self.on_step is not None and self.accelerator.is_main_process:
             self.on_step(row)
-
-
-def learning_rate(recipe: LoraRecipe, step: int) -> float:
-    """Returns the rate of step ``step`` (from 0): linear warm-up, then half a cosine to zero."""
-    if step < recipe.warmup_steps:
-        return recipe.lr * (step + 1) / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))

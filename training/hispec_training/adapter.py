@@ -3,14 +3,13 @@
 The base stays as it is; peft puts low-rank updates beside its linear layers. Layers below the
 deepest exit carry most of the change and get the larger rank, those above only have to make up
 for it. The result is a peft adapter like any other: it loads through peft, and merged into the
-base it is a plain Llama whose shared norm and head work at the exits too, as LayerSkip's
-checkpoints are: transformers' ``assistant_early_exit`` runs it.
+base (``hispec.model.adapter``) it is a plain Llama whose shared norm and head work at the exits
+too, as LayerSkip's checkpoints are: transformers' ``assistant_early_exit`` runs it.
 """
 
 from __future__ import annotations
 
-import json
-import warnings
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hispec.errors import CheckpointError, HispecError, UsageError
+from hispec.errors import HispecError, UsageError
 from hispec.model.checkpoint import Checkpoint
 from hispec_training import short_attention
+from hispec_training.options import check_exits
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -37,12 +37,14 @@ class LoraShape:
     Attributes:
         rank: Of the layers below the deepest exit.
         deep_rank: Of the layers above; 0 leaves them alone.
-        alpha: The update is scaled by ``alpha / rank``; this is the ratio.
+        alpha: What the product is multiplied by, peft's ``alpha / rank``. Adam moves all entries
+            alike, and B, which starts at zero, has far to go where A must not be shaken: at a ratio
+            of 1 a rate that lets B grow in time changes A by a tenth a step.
     """
 
     rank: int = 64
     deep_rank: int = 8
-    alpha: float = 1.0
+    alpha: float = 8.0
 
 
 def base_model(checkpoint: Checkpoint, dtype: torch.dtype, attention: str = "sdpa") -> Any:
@@ -99,7 +101,8 @@ def add_lora(
     torch.manual_seed(seed)
     model = get_peft_model(base, config)
     # What peft writes into the adapter: the name another machine can load, not a cache folder.
-    model.peft_config["default"].base_model_name_or_path = checkpoint.name
+    name = str(checkpoint.path) if Path(checkpoint.name).exists() else checkpoint.name
+    model.peft_config["default"].base_model_name_or_path = name
     for parameter in lora_parameters(model):
         parameter.data = parameter.data.float()
     for module in model.modules():
@@ -109,20 +112,23 @@ def add_lora(
     return model
 
 
-def check_exits(exits: Sequence[int], num_layers: int) -> None:
-    """Every exit lies in the model.
+def add_block_lora(block: nn.Module, rank: int) -> None:
+    """The linear layers of a head's block are frozen and have fresh updates beside them.
 
-    Raises:
-        UsageError: One does not, or there is none.
+    Args:
+        block: An ``ExitBlock``; only its updates, its scales and its maps of deep context, which
+            the model does not have, are trained from here on.
+        rank: Of the updates.
     """
-    if not exits:
-        raise UsageError("At least one exit layer is needed.")
-    for e in exits:
-        if not 1 <= e < num_layers:
-            raise UsageError(
-                f"exit_layer must be in [1, {num_layers - 1}] for this {num_layers}-layer model, "
-                f"got {e}."
-            )
+    from peft import LoraConfig, inject_adapter_in_model
+
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS), block)
+    for name, parameter in block.named_parameters():
+        own = "lora_" in name or name.endswith("_scale") or name.startswith("context_")
+        parameter.requires_grad_(own)
+    for module in block.modules():
+        if hasattr(module, "lora_A"):
+            module.cast_input_dtype_enabled = False
 
 
 def lora_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -156,17 +162,30 @@ class Student(nn.Module):
         Returns:
             e -> (B, T, D).
         """
-        backbone = self.backbone
-        positions = torch.arange(ids.shape[1], device=ids.device)[None]
-        h = backbone.embed_tokens(ids)  # (B, T, D)
-        rope = backbone.rotary_emb(h, position_ids=positions)
+        return self.run(self.backbone.embed_tokens(ids), 0, stops, dropped)
+
+    def run(
+        self, h: Tensor, start: int, stops: Collection[int], dropped: Collection[int] = ()
+    ) -> dict[int, Tensor]:
+        """Returns the residual stream after ``layers[0:e]`` for e in ``stops``, from (B, T, D).
+
+        Args:
+            h: The stream after ``layers[0:start]``.
+            start: Below all stops.
+            stops: See `forward`.
+            dropped: Layers to leave out.
+        """
+        positions = torch.arange(h.shape[1], device=h.device)[None]
+        rope = self.backbone.rotary_emb(h, position_ids=positions)
         states = {}
-        for number, layer in enumerate(backbone.layers[: max(stops)], 1):
-            if number - 1 not in dropped:
+        for number in range(start, max(stops)):
+            if number not in dropped:
                 # Without a mask the attention is causal; pads stand behind what is real.
-                h = layer(h, attention_mask=None, position_ids=positions, position_embeddings=rope)
-            if number in stops:
-                states[number] = h
+                h = self.backbone.layers[number](
+                    h, attention_mask=None, position_ids=positions, position_embeddings=rope
+                )
+            if number + 1 in stops:
+                states[number + 1] = h
         return states
 
     def normed(self, h: Tensor) -> Tensor:
@@ -179,8 +198,8 @@ class Student(nn.Module):
         return self.model.get_base_model().lm_head.weight
 
 
-def save_adapter(model: PeftModel, folder: Path, record: dict[str, Any]) -> None:
-    """``folder`` holds the adapter in bf16, as peft reads it, and ``exits.json`` about it.
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """``folder`` holds the adapter in bf16, as peft reads it.
 
     Raises:
         HispecError: The disk is full or the folder cannot be written.
@@ -190,43 +209,7 @@ def save_adapter(model: PeftModel, folder: Path, record: dict[str, Any]) -> None
     state = {k: v.to(torch.bfloat16) for k, v in get_peft_model_state_dict(model).items()}
     try:
         model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
-        (folder / "exits.json").write_text(json.dumps(record, indent=1) + "\n")
+        # safetensors writes 0600, which a package should not ship
+        os.chmod(folder / "adapter_model.safetensors", 0o644)
     except OSError as error:
         raise HispecError(f"Cannot write {folder}: {error.strerror or error}.") from error
-
-
-def merge_adapter(checkpoint: Checkpoint, adapter: Path, folder: Path, dtype: torch.dtype) -> None:
-    """``folder`` holds the base with the adapter folded in: a plain Llama checkpoint.
-
-    Args:
-        checkpoint: The base the adapter was trained on.
-        adapter: As saved by ``save_adapter`` or by peft.
-        folder: Where to save; with the tokenizer's files.
-        dtype: To save in. The sum itself is taken in fp32.
-
-    Raises:
-        CheckpointError: There is no adapter, or it belongs to another base.
-    """
-    from peft import PeftModel
-
-    if not (adapter / "adapter_config.json").exists():
-        raise CheckpointError(f"{adapter} holds no adapter (adapter_config.json is missing).")
-    record = adapter / "exits.json"
-    if record.exists():
-        wanted = json.loads(record.read_text()).get("base_fingerprint")
-        if wanted not in (None, checkpoint.fingerprint):
-            raise CheckpointError(
-                f"{adapter} was trained on another base ({wanted}) than {checkpoint.name} "
-                f"({checkpoint.fingerprint})."
-            )
-    base = base_model(checkpoint, torch.float32)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            model = PeftModel.from_pretrained(base, str(adapter))
-        except RuntimeError as error:  # shapes that do not fit
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise CheckpointError(f"{adapter} does not fit {checkpoint.name}: {reason}") from error
-    merged = model.merge_and_unload().to(dtype)
-    merged.save_pretrained(str(folder))
-    checkpoint.tokenizer.save_pretrained(str(folder))

@@ -13,7 +13,8 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from hispec_training.shards import CachedText, ShardCache, cut
+from hispec_training.shard_cache import CachedText, ShardCache
+from hispec_training.shards import cut
 
 MAX_ROUND = 6  # tokens committed by the longest round met in training
 

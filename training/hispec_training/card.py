@@ -48,21 +48,29 @@ def _parts(exits: list[dict[str, Any]], vocab_size: int) -> list[str]:
     for entry in exits:
         context = "final states before the root" if entry["context"] == "deep" else "the exit's own"
         lines.append(
-            f"| {entry['exit_layer']} | {entry['kind']} | {context} | "
+            f"| {entry['exit_layer']} | {_head(entry)} | {context} | "
             f"{entry['vocab_size']:,} of {vocab_size:,} |"
         )
     return [*lines, ""]
+
+
+def _head(entry: Mapping[str, Any]) -> str:
+    if entry["kind"] == "lora":
+        return f"layer {entry['layer']} of the model with LoRA of rank {entry['rank']}"
+    return str(entry["kind"])
 
 
 def _acceptance(exits: list[dict[str, Any]]) -> list[str]:
     names = [f"exit {entry['exit_layer']}" for entry in exits]
     tables = [entry["acceptance"] for entry in exits]
     on = tables[0].get("texts", "held-out texts")
+    count = f"{tables[0].get('positions', 0):,} positions"
+    if tables[0].get("divisions", 1) > 1:
+        count += f", each under {tables[0]['divisions']} divisions into rounds"
     lines = [
         "## Acceptance",
         "",
-        f"How often the exit's pick is the full model's, teacher-forced on {on} "
-        f"({tables[0].get('positions', 0):,} positions).",
+        f"How often the exit's pick is the full model's, teacher-forced on {on} ({count}).",
         "",
         "| | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",

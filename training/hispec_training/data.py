@@ -15,8 +15,6 @@ Nothing is dropped silently: rows without a usable prompt are counted in ``Readi
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -25,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hispec.errors import HispecError, UsageError
+from hispec.jsonl import read_objects
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -228,26 +227,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         DataError: The file cannot be read, or a line is not a JSON object.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
-    number = 0
-    try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise DataError(f"{path}, line {number}: not valid JSON ({error}).") from error
-                if not isinstance(row, dict):
-                    raise DataError(
-                        f"{path}, line {number}: a JSON object is needed, got {type(row).__name__}."
-                    )
-                yield number, row
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}, after line {number}: not UTF-8 text.") from error
-    except (OSError, EOFError) as error:
-        raise DataError(f"Cannot read {path}: {error}.") from error
+    return read_objects(path, DataError)
 
 
 def _file_rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:

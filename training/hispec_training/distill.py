@@ -1,192 +1,34 @@
 """``hispec distill``: the target's own continuations, for training and for the history database.
 
 An exit learns to say what the full model would say next, so it should see what the full model
-says: its own answers, greedy and sampled mixed. Rows are planned first: shuffled, each with its
-temperature and its own seed. The plan is cut into shards, and a shard is the unit of work: what
-it holds depends on its rows and nothing else, and it appears by one rename. So a killed run
-resumed gives the same bytes as one that was left alone, and any shards there are can be used
-while the run goes on.
+says: its own answers, greedy and sampled mixed. Rows are planned first (``plan.py``), the plan is
+cut into shards (``answers.py``), and shard after shard is decoded (``decode.py``).
+
+With ``--states`` what the layers made of every token is kept beside the answers: the model has just
+computed it, and training exits at these layers needs no pass of the model over the texts then.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
-import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hispec.errors import HispecError, UsageError
-from hispec_training.data import (
-    DataError,
-    Overlap,
-    Record,
-    encode_prompt,
-    prompt_text,
-    read_jsonl,
-    read_records,
-)
-from hispec_training.files import write_atomically
+from hispec.errors import UsageError
+from hispec_training.answers import ShardFolder, shards_of
+from hispec_training.data import DataError, Overlap, Record, prompt_text, read_records
+from hispec_training.options import check_at_least_one, check_share, exit_layers, run, say
+from hispec_training.plan import Row, plan_rows
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from hispec_training.decode import Answer, BatchDecoder
 
 _FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Row:
-    """One continuation to make.
-
-    Attributes:
-        id: The prompt's.
-        category: The prompt's.
-        prompt_ids: Chat template applied.
-        temperature: 0 is greedy.
-        seed: Of this row's random numbers.
-    """
-
-    id: str
-    category: str
-    prompt_ids: tuple[int, ...]
-    temperature: float
-    seed: int
-
-
-def plan_rows(
-    records: Sequence[Record],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    seed: int,
-    sampled_fraction: float,
-    temperatures: Sequence[float],
-    max_prompt_tokens: int,
-    text_prefix_tokens: int = 64,
-    shuffle: bool = True,
-) -> tuple[list[Row], Counter[str]]:
-    """Returns what to decode, in order, and how many prompts were left out or cut.
-
-    Args:
-        records: The prompts.
-        tokenizer: Of the target.
-        seed: Of the shuffle, the coins and the rows' own seeds.
-        sampled_fraction: Chance in [0, 1] that a row is sampled.
-        temperatures: One of these is drawn for a sampled row.
-        max_prompt_tokens: Longer chats are left out; longer plain text is cut.
-        text_prefix_tokens: How much of plain text is the prompt.
-        shuffle: Mix the records first, so that any number of shards is a fair sample.
-    """
-    counts: Counter[str] = Counter()
-    records = list(records)
-    if shuffle:
-        random.Random(f"{seed}:order").shuffle(records)
-    rows = []
-    for record in records:
-        ids = encode_prompt(record, tokenizer)
-        if record.text:
-            ids = ids[: min(text_prefix_tokens, max_prompt_tokens)]
-        if len(ids) > max_prompt_tokens:
-            counts["too long, left out"] += 1
-            continue
-        if not ids:
-            counts["no tokens, left out"] += 1
-            continue
-        coin = random.Random(f"{seed}:{len(rows)}:{record.id}")
-        sampled = coin.random() < sampled_fraction
-        temperature = coin.choice(list(temperatures)) if sampled else 0.0
-        rows.append(Row(record.id, record.category, tuple(ids), temperature, coin.getrandbits(63)))
-    return rows, counts
-
-
-class ShardFolder:
-    """The work folder of one run: its provenance and the shards that are finished.
-
-    Args:
-        path: The folder.
-        rows: The whole plan.
-        shard_rows: Rows of a shard.
-    """
-
-    def __init__(self, path: Path, rows: Sequence[Row], shard_rows: int) -> None:
-        self.path = path
-        self.shards = [rows[i : i + shard_rows] for i in range(0, len(rows), shard_rows)]
-
-    def file(self, index: int) -> Path:
-        """Where a shard is or will be."""
-        return self.path / f"shard-{index:05d}.jsonl"
-
-    def open(self, provenance: dict[str, Any], *, resume: bool) -> None:
-        """The folder exists and belongs to this plan.
-
-        Raises:
-            UsageError: It exists and ``resume`` is not set, or it belongs to other settings.
-            HispecError: It cannot be written.
-        """
-        stamp = self.path / "provenance.json"
-        if stamp.exists():
-            if not resume:
-                raise UsageError(
-                    f"{self.path} holds an earlier run: continue it with --resume, or remove it."
-                )
-            before = json.loads(stamp.read_text())["run"]
-            now = json.loads(json.dumps(provenance["run"]))
-            if changed := sorted(k for k in before.keys() | now if before.get(k) != now.get(k)):
-                raise UsageError(
-                    f"{self.path} was made with other settings ({', '.join(changed)} differ): use "
-                    "the same ones, or another --out."
-                )
-            return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise HispecError(f"Cannot create {self.path}: {error.strerror}.") from error
-        write_atomically(stamp, json.dumps(provenance, indent=1) + "\n")
-
-    def is_whole(self, index: int) -> bool:
-        """Whether the shard is there with exactly its rows; a damaged one is not."""
-        try:
-            made = [row for _, row in read_jsonl(self.file(index))]
-        except DataError:
-            return False
-        rows = self.shards[index]
-        return len(made) == len(rows) and all(
-            got.get("id") == row.id
-            and got.get("prompt_ids") == list(row.prompt_ids)
-            and isinstance(got.get("response_ids"), list)
-            for got, row in zip(made, rows, strict=True)
-        )
-
-    def write(self, index: int, answers: Sequence[Answer]) -> None:
-        """The shard is on disk, whole."""
-        lines = [
-            json.dumps(
-                {
-                    "id": row.id,
-                    "category": row.category,
-                    "prompt_ids": list(row.prompt_ids),
-                    "response_ids": answer.ids,
-                    "temperature": row.temperature,
-                    "finish": answer.finish,
-                }
-            )
-            for row, answer in zip(self.shards[index], answers, strict=True)
-        ]
-        write_atomically(self.file(index), "".join(line + "\n" for line in lines))
-
-    def merge(self, out: Path) -> None:
-        """``out`` holds the shards that are there, in order, and its provenance lies beside it."""
-        parts = [self.file(i) for i in range(len(self.shards)) if self.file(i).exists()]
-        write_atomically(out, "".join(part.read_text() for part in parts))
-        stamp = (self.path / "provenance.json").read_text()
-        write_atomically(out.with_name(out.name + ".provenance.json"), stamp)
 
 
 def decode_shard(
@@ -207,31 +49,6 @@ def decode_shard(
     for place, answer in zip(order, decoder.decode(requests, done), strict=True):
         answers[place] = answer
     return answers
-
-
-def read_distilled(path: Path) -> Iterator[dict[str, Any]]:
-    """Yields the rows of a finished file, or of the shards of a run that still goes on.
-
-    Args:
-        path: What ``--out`` was.
-
-    Raises:
-        DataError: Neither is there, or a line is damaged.
-    """
-    if path.exists():
-        files = [path]
-    else:
-        files = sorted(shards_of(path).glob("shard-*.jsonl"))
-        if not files:
-            raise DataError(f"There is no file {path} and no run of that name under way.")
-    for file in files:
-        for _, row in read_jsonl(file):
-            yield row
-
-
-def shards_of(out: Path) -> Path:
-    """Returns the work folder of a run with that output."""
-    return out.with_name(out.name + ".shards")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -258,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rows", type=int, default=64, help="texts decoded together")
     add("--shard-rows", type=int, default=256, help="rows of a shard, the unit of resuming")
     add("--minutes", type=float, default=None, help="stop after the shard under way then")
+    add(
+        "--states",
+        default=None,
+        metavar="EXITS",
+        help="keep the states at these layers, such as 4,8, for hispec train: 5 kB a token",
+    )
     add("--dtype", choices=["bf16", "fp32"], default="bf16")
     add("--device", default="cpu")
     add("--resume", action="store_true", help="go on with a run that was stopped")
@@ -287,21 +110,35 @@ def main(args: argparse.Namespace) -> int:
     )
     rows = rows[: args.limit]
     for reason, count in (skipped + cut).items():
-        _say(f"{count} prompts: {reason}")
+        say(f"{count} prompts: {reason}")
     if not rows:
         raise DataError("No prompt is left: all are too long, empty or excluded.")
 
-    folder = ShardFolder(shards_of(args.out), rows, args.shard_rows)
-    folder.open(_provenance(args, checkpoint.fingerprint, rows), resume=args.resume)
+    layers: list[int] = []
+    if args.states is not None:
+        num_layers = checkpoint.config.num_layers
+        layers = [e for e in (*exit_layers(args.states, num_layers), num_layers) if e]
+    folder = ShardFolder(
+        shards_of(args.out), rows, args.shard_rows, checkpoint.fingerprint if layers else None
+    )
+    folder.open(_provenance(args, checkpoint.fingerprint, rows, layers), resume=args.resume)
     todo = [i for i in range(len(folder.shards)) if not folder.is_whole(i)]
-    _say(f"{len(rows)} prompts in {len(folder.shards)} shards, {len(todo)} to do")
-    if todo:
-        _decode(args, checkpoint, folder, todo)
-    folder.merge(args.out)
+    say(f"{len(rows)} prompts in {len(folder.shards)} shards, {len(todo)} to do")
+    try:
+        if todo:
+            _decode(args, checkpoint, folder, todo, layers)
+    finally:
+        folder.merge(args.out)  # stopped half-way, what is there can be used
     return 0
 
 
-def _decode(args: argparse.Namespace, checkpoint: Any, folder: ShardFolder, todo: list[int]):
+def _decode(
+    args: argparse.Namespace,
+    checkpoint: Any,
+    folder: ShardFolder,
+    todo: list[int],
+    layers: list[int],
+) -> None:
     import torch
 
     from hispec.model.llama import Llama, best_layout
@@ -312,17 +149,17 @@ def _decode(args: argparse.Namespace, checkpoint: Any, folder: ShardFolder, todo
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
     device = torch.device(args.device)
     model: Trunk | Llama
-    if best_layout(checkpoint.config, dtype, device) == "tiles":
+    if best_layout(checkpoint.config, dtype, device) in ("tiles", "pairs"):
         model = Llama.load(checkpoint, dtype, device)
     else:
         model = Trunk(checkpoint, dtype, args.device)
-    decoder = BatchDecoder(model, checkpoint.eos_token_ids, args.rows)
+    decoder = BatchDecoder(model, checkpoint.eos_token_ids, args.rows, layers)
     progress = Progress(sum(len(folder.shards[i]) for i in todo))
     for index in todo:
         answers = decode_shard(decoder, folder.shards[index], args.max_new_tokens, progress.add)
         folder.write(index, answers)
         if args.minutes is not None and progress.elapsed_s > 60 * args.minutes:
-            _say(f"stopped after {args.minutes:g} minutes; --resume goes on")
+            say(f"stopped after {args.minutes:g} minutes; --resume goes on")
             break
     progress.close()
 
@@ -371,19 +208,15 @@ class Progress:
     def _report(self) -> None:
         self._said = time.monotonic()
         left_s = (self.total - self.rows) * self.elapsed_s / max(self.rows, 1)
-        _say(
+        say(
             f"{self.rows}/{self.total} rows, {self.tokens:,} tokens, {self._rate():.0f} tok/s, "
             f"{left_s / 60:.0f} min left"
         )
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("max_new_tokens", "max_prompt_tokens", "rows", "shard_rows", "limit"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
-    if not 0 <= args.sampled_fraction <= 1:
-        raise UsageError(f"--sampled-fraction must lie in [0, 1], got {args.sampled_fraction}.")
+    check_at_least_one(args, ("max_new_tokens", "max_prompt_tokens", "rows", "shard_rows", "limit"))
+    check_share(args, ("sampled_fraction",))
     if bad := [t for t in args.temperatures if t <= 0]:
         raise UsageError(f"--temperatures must be above 0, got {bad[0]}.")
 
@@ -405,7 +238,9 @@ def _read_prompts(args: argparse.Namespace) -> tuple[list[Record], Counter[str]]
     return records, skipped
 
 
-def _provenance(args: argparse.Namespace, fingerprint: str, rows: Sequence[Row]) -> dict[str, Any]:
+def _provenance(
+    args: argparse.Namespace, fingerprint: str, rows: Sequence[Row], layers: Sequence[int]
+) -> dict[str, Any]:
     """What made the data: ``run`` must match to resume, the rest is for the reader."""
     import torch
     import transformers
@@ -425,6 +260,7 @@ def _provenance(args: argparse.Namespace, fingerprint: str, rows: Sequence[Row])
             "device": args.device,
             "rows": args.rows,
             "shard_rows": args.shard_rows,
+            **({"states": list(layers)} if layers else {}),
         },
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in _plain(args).items()},
         "versions": {
@@ -456,15 +292,5 @@ def _keep_memory() -> None:
     mallopt(top_pad, 256 << 20)
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    _parser = argparse.ArgumentParser(prog="hispec_training.distill", description=__doc__)
-    add_arguments(_parser)
-    try:
-        sys.exit(main(_parser.parse_args()))
-    except HispecError as _error:
-        _say(f"error: {_error}")
-        sys.exit(_error.exit_code)
+    run("hispec_training.distill", __doc__, add_arguments, main)

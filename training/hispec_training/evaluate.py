@@ -19,7 +19,8 @@ from torch import Tensor
 
 from hispec_training.batches import collate, fixed_roots
 from hispec_training.exits import Exits
-from hispec_training.shards import ShardCache, cut
+from hispec_training.shard_cache import ShardCache
+from hispec_training.shards import cut
 
 ROUND = 8
 
@@ -34,6 +35,7 @@ class Tally:
         offset_seen: (ROUND,) positions by distance from the root.
         offset_right: (ROUND,).
         runs: (ROUND + 1,) whole rounds by the number of right guesses before the first wrong one.
+        divisions: Ways in which the texts were cut into rounds: every position counts in each.
     """
 
     seen: dict[str, int] = field(default_factory=dict)
@@ -41,6 +43,7 @@ class Tally:
     offset_seen: Tensor = field(default_factory=lambda: torch.zeros(ROUND, dtype=torch.int64))
     offset_right: Tensor = field(default_factory=lambda: torch.zeros(ROUND, dtype=torch.int64))
     runs: Tensor = field(default_factory=lambda: torch.zeros(ROUND + 1, dtype=torch.int64))
+    divisions: int = 1
 
     @property
     def top1(self) -> float:
@@ -52,7 +55,8 @@ class Tally:
         ratio = (self.offset_right / self.offset_seen.clamp_min(1)).tolist()
         return {
             "top1": round(self.top1, 4),
-            "positions": sum(self.seen.values()),
+            "positions": sum(self.seen.values()) // self.divisions,
+            "divisions": self.divisions,
             "by_category": {c: round(self.right[c] / n, 4) for c, n in sorted(self.seen.items())},
             "by_offset": [round(value, 4) for value in ratio],
             "mean_run": {str(w): round(self.mean_run(w), 4) for w in range(1, ROUND + 1)},
@@ -121,7 +125,7 @@ def evaluate(
         limit: Use only the first texts.
         autocast: Compute in bf16.
     """
-    tallies = {e: Tally() for e in exits.specs}
+    tallies = {e: Tally(divisions=len(shifts)) for e in exits.specs}
     order = sorted(range(min(limit or len(cache), len(cache))), key=lambda i: cache.lengths[i])
     batches = cut(order, cache.lengths, batch_tokens)
     was_training = exits.training

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,12 @@ from hispec.model.exits import Exits as Record
 from hispec_training.card import model_card
 from hispec_training.exits import Exits
 from hispec_training.heads import ExitHead, HeadSpec
+from hispec_training.least_squares import start_from_neighbour
+from hispec_training.shard_cache import ShardCache
 
 VERSION = 1
+# peft names an adapter inside its tensors' names; the file has one and does not.
+_PEFT = re.compile(r"(lora_[AB])\.weight")
 
 
 class TrainedExits(nn.Module):
@@ -90,6 +95,7 @@ class TrainedExits(nn.Module):
                     "feature": spec.feature,
                     "feature_maps": spec.feature_maps,
                     "vocab_size": len(rows[e]),
+                    **_borrowed(spec, checkpoint.config.num_layers),
                     "acceptance": dict((acceptance or {}).get(e, {})),
                 }
                 for e, spec in sorted(exits.specs.items())
@@ -112,7 +118,7 @@ class TrainedExits(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, head in self.heads.items():
-            tensors = {n: p.detach().cpu() for n, p in head.state_dict().items()}
+            tensors = _own_tensors(head)
             if (scale := tensors.pop("input_scale", None)) is not None:
                 tensors["proj.weight"] = tensors["proj.weight"] / scale
             tensors = {n: x.bfloat16() for n, x in tensors.items()}
@@ -157,15 +163,21 @@ class TrainedExits(nn.Module):
                 entry.get("feature", False),
                 entry["vocab_size"],
                 feature_maps=entry.get("feature_maps", 1),
+                start_layer=entry.get("layer", -1),
+                rank=entry.get("rank", 1),
             )
-            head = ExitHead(spec, checkpoint.config)
+            head = ExitHead(spec, checkpoint.config).start_from(checkpoint)
             file = path / f"exit_{e}.safetensors"
             try:
                 tensors = load_file(file)
                 ids = tensors.pop("vocab_ids", None)
                 if "proj.weight" in tensors:
                     tensors["input_scale"] = torch.ones_like(head.input_scale)
-                head.load_state_dict({n: x.float() for n, x in tensors.items()})
+                tensors = {_PEFT.sub(r"\1.default.weight", n): x for n, x in tensors.items()}
+                loaded = head.load_state_dict({n: x.float() for n, x in tensors.items()}, False)
+                frozen = {n for n, p in head.named_parameters() if not p.requires_grad}
+                if odd := [*loaded.unexpected_keys, *(set(loaded.missing_keys) - frozen)]:
+                    raise KeyError(f"{odd[0]} is missing or has no place")
             except Exception as error:  # safetensors and torch raise kinds of their own
                 raise CheckpointError(
                     f"{file} is damaged or does not fit {checkpoint.name}: "
@@ -194,6 +206,20 @@ class TrainedExits(nn.Module):
         return str(address)
 
 
+def _borrowed(spec: HeadSpec, num_layers: int) -> dict[str, int]:
+    """What finds the rest of a head that keeps one of the model's own layers."""
+    if spec.kind != "lora":
+        return {}
+    return {"layer": spec.start_layer % num_layers, "rank": spec.rank}
+
+
+def _own_tensors(head: ExitHead) -> dict[str, Tensor]:
+    """The head's tensors on the CPU, those that are the model's left out."""
+    frozen = {n for n, p in head.named_parameters() if not p.requires_grad}
+    found = {n: x.detach().cpu() for n, x in head.state_dict().items() if n not in frozen}
+    return {n.replace(".default.weight", ".weight"): x for n, x in found.items()}
+
+
 def _local(folder: str | Path) -> Path:
     path = Path(folder).expanduser()
     if path.exists() or str(folder).count("/") != 1:
@@ -216,18 +242,35 @@ def _replace(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
-def load_into(exits: Exits, saved: TrainedExits) -> None:
+def donor_of(exit_layer: int, saved: TrainedExits) -> int:
+    """Returns which saved exit a head starts from: the one at its layer, or else the nearest."""
+    return min((int(name) for name in saved.heads), key=lambda e: (abs(e - exit_layer), e))
+
+
+def load_into(exits: Exits, saved: TrainedExits, cache: ShardCache | None = None) -> None:
     """Heads under training take the weights of saved ones of the same shape (a warm start).
 
+    Where none was saved at a head's layer, the nearest one serves behind a projection of its own.
+
+    Args:
+        exits: The heads.
+        saved: Where they start from.
+        cache: Texts with the states of both heads' exits where they differ.
+
     Raises:
-        UsageError: If an exit is missing or made of other parts.
+        UsageError: If a saved exit is made of other parts, or one is missing and there are no
+            texts to fit another one to.
     """
-    for name, head in exits.heads.items():
-        if name not in saved.heads:
-            raise UsageError(f"The saved exits have none at layer {name} to start from.")
+    for exit_layer in exits.specs:
+        head, name = exits.heads[str(exit_layer)], donor_of(exit_layer, saved)
+        donor = saved.heads[str(name)]
         try:
-            with torch.no_grad():
-                head.load_state_dict(saved.heads[name].state_dict())
+            if name == exit_layer:
+                head.load_state_dict(donor.state_dict())
+            elif cache is not None:
+                start_from_neighbour(head, donor, cache)
+            else:
+                raise UsageError(f"The saved exits have none at layer {exit_layer}.")
         except RuntimeError as error:
             raise UsageError(
                 f"The saved exit {name} is made of other parts than the one asked for."

@@ -6,7 +6,7 @@ over the maps of a head and the positions t of responses, with rounds drawn as i
 over cached states and one solve, seconds instead of the first thousand steps: on SmolLM2-135M's
 held-out answers this start agrees with the target's pick at 0.27 to 0.32 of the positions, where an
 identity start agrees at one in twenty. The block begins as an identity behind it (its two output
-projections are zero) and learns what is left.
+projections, or their scales, are zero) and learns what is left.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from hispec_training.batches import draw_roots, step_seed
 from hispec_training.exits import Exits
 from hispec_training.heads import ExitHead
-from hispec_training.shards import CachedText, ShardCache
+from hispec_training.shard_cache import CachedText, ShardCache
 
 _RIDGE = 1e-4  # of the mean square of the inputs
 _TOKENS = 150_000  # responses looked at; the maps of 1,153 inputs change little beyond
@@ -61,9 +61,47 @@ def start_from_least_squares(
         head.proj.bias.copy_(found[:, width])
         if maps:
             head.feature_proj.weight.copy_(torch.cat(found[:, width + 1 :].split(width, 1)))
-        if head.block is not None:
+        if spec.kind == "lora":
+            head.block.attention_scale.zero_()
+            head.block.mlp_scale.zero_()
+        elif head.block is not None:
             head.block.self_attn.o_proj.weight.zero_()
             head.block.mlp.down_proj.weight.zero_()
+
+
+@torch.no_grad()
+def start_from_neighbour(
+    head: ExitHead, donor: ExitHead, cache: ShardCache, tokens: int = _TOKENS
+) -> None:
+    """The head is another exit's, its projection the best linear guess at what that one reads.
+
+        minimise  ‖ proj u(t) + bias − proj' u'(t) ‖²
+
+    Args:
+        head: At its starting values.
+        donor: A trained head of the same parts; unchanged.
+        cache: Texts with the states of both exits.
+        tokens: About so many response positions are used, spread over the cache.
+    """
+    here, there = head.spec.exit_layer, donor.spec.exit_layer
+    head.load_state_dict(donor.state_dict())
+    chosen = range(0, len(cache), max(1, sum(cache.response_lengths) // tokens))
+    head.input_scale.copy_(_sizes([cache[i].states[here] for i in chosen]))
+    width = head.proj.weight.shape[0]
+    squares = torch.zeros(width + 1, width + 1, dtype=torch.float64)
+    products = torch.zeros(width + 1, width, dtype=torch.float64)
+    for index in chosen:
+        text = cache[index]
+        rows = slice(1, None)  # queries, and past positions that become keys; not the first token
+        read = text.states[here][rows].float() / head.input_scale
+        read = torch.cat([read, torch.ones(len(read), 1)], 1)
+        wanted = donor.proj(text.states[there][rows].float() / donor.input_scale)
+        squares += (read.T @ read).double()
+        products += (read.T @ wanted).double()
+    squares.diagonal().add_(_RIDGE * squares.diagonal() + 1e-9)
+    found = torch.linalg.solve(squares, products).float().T  # (D, D + 1)
+    head.proj.weight.copy_(found[:, :width])
+    head.proj.bias.copy_(found[:, width])
 
 
 @torch.no_grad()

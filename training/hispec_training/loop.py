@@ -11,16 +11,11 @@ weights it would have had.
 
 from __future__ import annotations
 
-import errno
-import io
 import math
-import os
-import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -31,15 +26,21 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from hispec.errors import HispecError
 from hispec_training.batches import MAX_ROUND, Batch, collate, draw_roots, step_seed
 from hispec_training.batches import training_batches as stream
+from hispec_training.checkpoints import (
+    BEST,
+    CHECKPOINT,
+    History,
+    check_same_run,
+    diverged,
+    learning_rate,
+    read_checkpoint,
+    write_checkpoint,
+)
 from hispec_training.evaluate import Tally, evaluate
 from hispec_training.exits import Exits
-from hispec_training.shards import ShardCache
-
-CHECKPOINT = "checkpoint.pt"
-BEST = "best.pt"
+from hispec_training.shard_cache import ShardCache
 
 
 @dataclass(frozen=True)
@@ -82,31 +83,11 @@ class Recipe:
     autocast: bool = True
 
 
-@dataclass
-class History:
-    """What happened, as the report draws it.
-
-    Attributes:
-        losses: Rows of step, seconds, targets, lr and each exit's loss and agreement.
-        held_out: Rows of step, seconds and each exit's agreement.
-    """
-
-    losses: list[dict[str, float]] = field(default_factory=list)
-    held_out: list[dict[str, float]] = field(default_factory=list)
-
-
-def learning_rate(recipe: Recipe, step: int) -> float:
-    """The rate of step ``step`` (from 0): linear warm-up, then half a cosine down to zero."""
-    if step < recipe.warmup_steps:
-        return recipe.lr * (step + 1) / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / max(1, recipe.steps - recipe.warmup_steps)
-    return recipe.lr * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
 def make_optimizer(exits: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW with decay on matrices only."""
-    matrices = [p for p in exits.parameters() if p.ndim > 1]
-    vectors = [p for p in exits.parameters() if p.ndim < 2]
+    trained = [p for p in exits.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim > 1]
+    vectors = [p for p in trained if p.ndim < 2]
     groups = [
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
@@ -152,7 +133,8 @@ class Trainer:
         self.model, self.optimizer = self.accelerator.prepare(exits, optimizer)
         # Tuples of parameters, taken once the wrapper has put its own in place.
         self.groups = [
-            [p for n, p in self.model.named_parameters() if f"heads.{e}." in n] for e in exits.specs
+            [p for n, p in self.model.named_parameters() if f"heads.{e}." in n and p.requires_grad]
+            for e in exits.specs
         ]
 
     def run(self) -> History:
@@ -199,7 +181,7 @@ class Trainer:
                 "specs": [spec.to_dict() for spec in self.exits.specs.values()],
                 "history": asdict(self.history),
             }
-            _write(self.folder / name, state)
+            write_checkpoint(self.folder / name, state)
         self.accelerator.wait_for_everyone()
 
     def resume(self, name: str = CHECKPOINT) -> bool:
@@ -213,14 +195,7 @@ class Trainer:
             return False
         state = read_checkpoint(path)
         specs = [spec.to_dict() for spec in self.exits.specs.values()]
-        if state["recipe"] != asdict(self.recipe) or state["specs"] != specs:
-            changed = sorted(
-                k for k, v in asdict(self.recipe).items() if state["recipe"].get(k) != v
-            )
-            raise HispecError(
-                f"{path} belongs to a run with other settings ({', '.join(changed) or 'heads'}): "
-                "resume with the same ones, or give another --out."
-            )
+        check_same_run(path, asdict(self.recipe), state["recipe"], state["specs"] == specs, "heads")
         options = StateDictOptions(full_state_dict=True)
         set_state_dict(
             self.model,
@@ -262,18 +237,16 @@ class Trainer:
         if not all(math.isfinite(loss) for loss, _ in values):
             self.optimizer.zero_grad()
             self.save(CHECKPOINT)
-            raise HispecError(
-                f"The loss is not a number at step {self.step + 1}: the weights before it are in "
-                f"{self.folder / CHECKPOINT}; lower --lr (now {recipe.lr:g}) or look at the data."
-            )
+            raise diverged(self.folder / CHECKPOINT, self.step + 1, recipe.lr)
+        lr = learning_rate(recipe.lr, recipe.warmup_steps, recipe.steps, self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, self.step)
+            group["lr"] = lr
         for parameters in self.groups:
             nn.utils.clip_grad_norm_(parameters, recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        row: dict[str, float] = {"targets": targets, "lr": learning_rate(recipe, self.step - 1)}
+        row: dict[str, float] = {"targets": targets, "lr": lr}
         for e, (loss, right) in zip(self.exits.specs, values, strict=True):
             row |= {f"loss_{e}": loss, f"right_{e}": right}
         return row
@@ -311,40 +284,3 @@ class Trainer:
         if best > 0:
             self.best = score
             self.save(BEST)
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """The state in a checkpoint file.
-
-    Raises:
-        HispecError: If it cannot be read.
-    """
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        raise HispecError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}): delete it and start again."
-        ) from error
-
-
-def _write(path: Path, state: dict[str, Any]) -> None:
-    """The state stands under ``path`` whole, or the old one still does."""
-    buffer = io.BytesIO()  # torch.save to a full disk raises a RuntimeError that names nothing
-    torch.save(state, buffer)
-    temporary = path.with_suffix(".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        kept = "the one before it is kept" if path.exists() else "there is none before it"
-        raise HispecError(
-            f"The disk is full: checkpoint {path} of step {state['step']} could not be written, "
-            f"{kept}. Free some room and run again with --resume."
-        ) from error

@@ -16,19 +16,26 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hispec.errors import UsageError
+from hispec_training.options import (
+    check_above_zero,
+    check_at_least_one,
+    check_not_negative,
+    check_share,
+    exit_layers,
+    say,
+)
 
 if TYPE_CHECKING:
     from hispec.model.checkpoint import Checkpoint
     from hispec_training.adapt import LoraRecipe
-    from hispec_training.loop import History
-    from hispec_training.shards import ShardCache
+    from hispec_training.checkpoints import History
+    from hispec_training.shard_cache import ShardCache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = group.add_argument
     add("--rank", type=int, default=64, help="of the layers below the deepest exit")
     add("--deep-rank", type=int, default=8, help="of the layers above; 0 leaves them alone")
+    add("--alpha", type=float, default=8.0, help="scale of the updates: B grows so much faster")
     add(
         "--curriculum",
         choices=["all", "rotate", "gradual"],
@@ -46,7 +54,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--exit-scale", type=float, default=0.0, help="how much more deeper exits weigh")
     add("--layer-dropout", type=float, default=0.0, help="chance to leave out the last layer")
     add("--keep", type=float, default=2.0, help="weight of the divergence from the original")
-    add("--keep-every", type=int, default=2, help="steps from one full pass to the next")
+    add("--keep-share", type=float, default=0.5, help="share of texts it is taken on")
+    add("--keep-fraction", type=float, default=0.25, help="share of their positions")
     add("--batch-tokens", type=int, default=4096, help="padded tokens of a batch")
     add("--save-minutes", type=float, default=10.0, help="a checkpoint at least this often")
     add("--perplexity", metavar="FILE", help="plain text to report perplexity on (.gz too)")
@@ -62,7 +71,6 @@ def main(args: argparse.Namespace) -> int:
     _check(args)
     try:
         import peft  # noqa: F401
-        from accelerate import Accelerator
     except ImportError as error:
         raise UsageError(
             f"lora mode needs the package {error.name}: pip install 'hispec[train]'."
@@ -72,57 +80,43 @@ def main(args: argparse.Namespace) -> int:
     from hispec.model.checkpoint import open_checkpoint
     from hispec_training.adapt import LoraTrainer
     from hispec_training.adapter import LoraShape, Student, add_lora, save_adapter
-    from hispec_training.report import Progress
-    from hispec_training.trainer import exit_layers, prepare
+    from hispec_training.report import make_accelerator, reported
+    from hispec_training.trainer import prepare
 
     checkpoint = open_checkpoint(args.model)
     last = checkpoint.config.num_layers
-    exits = exit_layers(args.exits, last)
-    accelerator = Accelerator(
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=str(args.out / "work"),
-    )
+    exits = exit_layers(args.exits, last, own=True)
+    if exits[0] == 0:
+        raise UsageError("before the first layer there is nothing to adapt: give exits from 1 on.")
+    accelerator = make_accelerator(args)
     work = args.out / "work"
     with accelerator.main_process_first():
         cache, held_out = prepare(args, checkpoint, [last], work, accelerator.is_main_process)
     recipe = make_recipe(args, exits, cache)
-    shape = LoraShape(args.rank, args.deep_rank)
+    shape = LoraShape(args.rank, args.deep_rank, args.alpha)
     dtype = torch.bfloat16 if recipe.autocast else torch.float32
     student = Student(add_lora(checkpoint, exits, shape, dtype, args.seed))
-    if args.report_to != "none":
-        accelerator.init_trackers("hispec", config={k: str(v) for k, v in vars(recipe).items()})
-    progress = Progress(recipe.steps, accelerator if args.report_to != "none" else None)
-    trainer = LoraTrainer(
-        student, cache, held_out, recipe, work, accelerator, progress.add, args.save_minutes
-    )
-    if args.resume:
-        trainer.resume()
-    if accelerator.is_main_process:
-        count = sum(p.numel() for p in trainer.parameters)
-        _say(f"{len(cache):,} texts, {recipe.steps} steps; {count:,} parameters")
-    try:
+    with reported(recipe, args.report_to, accelerator) as progress:
+        trainer = LoraTrainer(
+            student, cache, held_out, recipe, work, accelerator, progress.add, args.save_minutes
+        )
+        if args.resume:
+            trainer.resume()
+        if accelerator.is_main_process:
+            count = sum(p.numel() for p in trainer.parameters)
+            say(f"{len(cache):,} texts, {recipe.steps} steps; {count:,} parameters")
         history = trainer.run()
-    finally:
-        progress.close()
-        if args.report_to != "none":
-            accelerator.end_training()
     if accelerator.is_main_process:
-        record = {
-            "mode": "lora",
-            "base": checkpoint.name,
-            "base_fingerprint": checkpoint.fingerprint,
-            "exits": exits,
-            "training": _facts(recipe, cache, history),
-        }
-        save_adapter(student.model, args.out, record)
-        finish(args, checkpoint, exits, held_out, record, history)
+        save_adapter(student.model, args.out)
+        finish(args, checkpoint, exits, held_out, _facts(recipe, cache, history), history)
     accelerator.wait_for_everyone()
     return 0
 
 
 def make_recipe(args: argparse.Namespace, exits: Sequence[int], cache: ShardCache) -> LoraRecipe:
     """The recipe of the options; epochs become steps."""
-    from hispec_training.adapt import LoraRecipe, text_batches
+    from hispec_training.adapt import LoraRecipe
+    from hispec_training.padded import text_batches
 
     steps = args.steps
     if steps is None:
@@ -140,7 +134,8 @@ def make_recipe(args: argparse.Namespace, exits: Sequence[int], cache: ShardCach
         exit_scale=args.exit_scale,
         layer_dropout=args.layer_dropout,
         keep=args.keep,
-        keep_every=args.keep_every,
+        keep_share=args.keep_share,
+        keep_fraction=args.keep_fraction,
         seed=args.seed,
         eval_every=args.eval_every,
         save_every=args.save_every,
@@ -152,33 +147,35 @@ def finish(
     checkpoint: Checkpoint,
     exits: Sequence[int],
     held_out: ShardCache | None,
-    record: dict[str, Any],
+    facts: dict[str, Any],
     history: History,
 ) -> dict[str, Any]:
-    """The merged checkpoint, ``quality.json``, curves and the card are in ``args.out``.
+    """The merged checkpoint, the exits' record, the report and the card are in ``args.out``.
 
     Returns:
         What ``quality.json`` holds.
     """
-    import torch
-
+    from hispec.model.adapter import Adapter, merge
     from hispec.model.checkpoint import open_checkpoint
-    from hispec_training.adapter import merge_adapter
     from hispec_training.files import write_atomically
     from hispec_training.report import write_report
 
-    merged = args.out / "merged"
-    merge_adapter(checkpoint, args.out, merged, torch.bfloat16)
+    folder = args.out / "merged"
+    folder.mkdir(exist_ok=True)
+    merge(Adapter.open(args.out), checkpoint, folder)
+    merged = open_checkpoint(folder)
     quality = compare(
         checkpoint,
-        open_checkpoint(merged),
+        merged,
         exits,
         held_out,
         None if args.perplexity is None else Path(args.perplexity),
         args.perplexity_tokens,
     )
+    record = exits_record(checkpoint, merged, args.out.name, exits, facts)
     write_atomically(args.out / "quality.json", json.dumps(quality, indent=1) + "\n")
     write_atomically(args.out / "README.md", card(record, quality))
+    write_atomically(args.out / "config.json", json.dumps(record, indent=2) + "\n")
     filled: dict[str, float] = {}
     for number, row in enumerate(history.losses):  # exits take turns: draw the last known value
         filled |= row
@@ -186,10 +183,40 @@ def finish(
     known = [row for row in history.losses if all(f"loss_{e}" in row for e in exits)]
     history.losses[:] = known or history.losses[:0]
     write_report(args.out / "report", history, {})
-    _say(f"adapter in {args.out}, merged checkpoint in {merged}")
+    say(f"adapter in {args.out}, merged checkpoint in {folder}")
     for line in summary(quality):
-        _say(line)
+        say(line)
     return quality
+
+
+def exits_record(
+    original: Checkpoint,
+    merged: Checkpoint,
+    name: str,
+    exits: Sequence[int],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Returns the adapter's ``config.json``: exits that use the merged model's own norm and head.
+
+    Args:
+        original: What the adapter was trained on.
+        merged: What the exits belong to.
+        name: Of the merged model.
+        exits: Their layers.
+        facts: About the training.
+    """
+    from hispec.model.exits import FORMAT
+
+    return {
+        "format": FORMAT,
+        "version": 1,
+        "base": {"model": name, "revision": None, "fingerprint": merged.fingerprint},
+        "adapter_of": {"model": original.name, "fingerprint": original.fingerprint},
+        "num_layers": merged.config.num_layers,
+        "exits": [{"exit_layer": e, "kind": "own"} for e in exits],
+        "training": dict(facts),
+        "hierarchies": {},
+    }
 
 
 def compare(
@@ -263,19 +290,21 @@ def summary(quality: Mapping[str, Any]) -> list[str]:
 
 def card(record: Mapping[str, Any], quality: Mapping[str, Any]) -> str:
     """Returns the adapter's model card."""
-    exits = ", ".join(map(str, record["exits"]))
+    exits = ", ".join(str(entry["exit_layer"]) for entry in record["exits"])
+    exits = f"layer{'s' * (len(record['exits']) > 1)} {exits}"
+    base = record["adapter_of"]["model"]
     lines = "\n".join(f"- {line}" for line in summary(quality))
     training = ", ".join(f"{k} {v}" for k, v in record["training"].items() if k != "recipe")
     return f"""---
-base_model: {record["base"]}
+base_model: {base}
 library_name: peft
 tags: [early-exit, layerskip, self-speculative-decoding]
 ---
 
-# Early exits at layers {exits} for {record["base"]}
+# Early exits at {exits} for {base}
 
 A LoRA adapter trained with early-exit losses, so that the model's own norm and head can be used
-after layers {exits}. Merged into its base it is a plain Llama for self-speculative decoding, with
+after {exits}. Merged into its base it is a plain Llama for self-speculative decoding, with
 hispec or with transformers' `assistant_early_exit`.
 
 {lines}
@@ -298,18 +327,11 @@ def _facts(recipe: LoraRecipe, cache: ShardCache, history: History) -> dict[str,
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("rank", "keep_every", "batch_tokens", "perplexity_tokens"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
-    for name in ("deep_rank", "keep", "exit_scale"):
-        if getattr(args, name) < 0:
-            raise UsageError(f"--{name.replace('_', '-')} must not be negative.")
+    check_at_least_one(args, ("rank", "batch_tokens", "perplexity_tokens"))
+    check_not_negative(args, ("deep_rank", "keep", "exit_scale"))
+    check_above_zero(args, ("alpha", "keep_share", "keep_fraction"))
+    check_share(args, ("keep_share", "keep_fraction"))
     if not 0 <= args.layer_dropout < 1:
         raise UsageError(f"--layer-dropout must lie in [0, 1), got {args.layer_dropout}.")
     if args.perplexity is not None and not Path(args.perplexity).is_file():
         raise UsageError(f"There is no file {args.perplexity}.")
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

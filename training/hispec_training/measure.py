@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from hispec.errors import HispecError
 from hispec.model.checkpoint import Checkpoint, open_checkpoint
 from hispec_training.evaluate import ROUND, Costs, evaluate, tokens_per_ms
 from hispec_training.exits import Exits
 from hispec_training.export import TrainedExits, load_into
+from hispec_training.options import run
 from hispec_training.shards import build_shards, read_examples
 from hispec_training.trunk import Trunk
 
@@ -67,7 +67,7 @@ def main(args: argparse.Namespace) -> int:
         saved.save_pretrained(args.exits)
     for e, tally in tallies.items():
         share = len(exits.vocab_ids(e)) / checkpoint.config.vocab_size
-        draft_ms = Costs().draft(e, exits.specs[e].kind == "block", share)
+        draft_ms = Costs().draft(e, exits.specs[e].has_block, share)
         rate, window = tokens_per_ms(tally, draft_ms)
         tables[e] |= {"predicted_tok_per_ms": round(rate, 5), "best_window": window}
     print(json.dumps(tables))
@@ -86,10 +86,4 @@ def revive(saved: TrainedExits, checkpoint: Checkpoint) -> Exits:
 
 
 if __name__ == "__main__":
-    _parser = argparse.ArgumentParser(prog="hispec_training.measure", description=__doc__)
-    add_arguments(_parser)
-    try:
-        sys.exit(main(_parser.parse_args()))
-    except HispecError as _error:
-        print(f"error: {_error}", file=sys.stderr)
-        sys.exit(_error.exit_code)
+    run("hispec_training.measure", __doc__, add_arguments, main)

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hispec_training.shards import ShardCache, cut
+from hispec_training.shard_cache import ShardCache
+from hispec_training.shards import cut
 from hispec_training.trunk import Trunk
 
 _TOKENS = 4096  # padded tokens of a batch

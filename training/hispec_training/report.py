@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from hispec_training.loop import History
+    from hispec_training.checkpoints import History
 
 
 class Progress:
@@ -50,6 +52,40 @@ class Progress:
         """The bar is finished."""
         if self._bar is not None:
             self._bar.close()
+
+
+def make_accelerator(args: argparse.Namespace, **more: Any) -> Accelerator:
+    """Returns the accelerator of a training command; the work folder is its project's.
+
+    Args:
+        args: With ``out`` and ``report_to``.
+        more: For the accelerator.
+    """
+    from accelerate import Accelerator
+
+    log_with = None if args.report_to == "none" else args.report_to
+    return Accelerator(log_with=log_with, project_dir=str(args.out / "work"), **more)
+
+
+@contextmanager
+def reported(recipe: Any, report_to: str, accelerator: Accelerator) -> Iterator[Progress]:
+    """Inside, steps are shown and sent to the tracker, if there is one.
+
+    Args:
+        recipe: A dataclass with ``steps``; the tracker gets its fields.
+        report_to: The tracker, or ``none``.
+        accelerator: Of the run.
+    """
+    tracker = None if report_to == "none" else accelerator
+    if tracker is not None:
+        tracker.init_trackers("hispec", config={k: str(v) for k, v in vars(recipe).items()})
+    progress = Progress(recipe.steps, tracker)
+    try:
+        yield progress
+    finally:
+        progress.close()
+        if tracker is not None:
+            tracker.end_training()
 
 
 def write_report(

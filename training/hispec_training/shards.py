@@ -23,15 +23,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from hispec.errors import HispecError, UsageError
+from hispec_training.shard_cache import ShardCache
 
 FORMAT = 1
 BATCH_TOKENS = 2048  # padded tokens the trunk sees at once
 HEAD_ROWS = 256  # rows of full-vocabulary logits held at once
+TOP_K = 12  # target logits kept for each response position
 
 
 class Backbone(Protocol):
@@ -58,29 +60,6 @@ class Example:
     ids: tuple[int, ...]
     prompt_length: int
     category: str = ""
-
-
-@dataclass(frozen=True)
-class CachedText:
-    """One cached text.
-
-    Attributes:
-        ids: (T,) int32.
-        states: Layer → (T, D) bf16.
-        first: First position with a target, ``prompt_length - 1``.
-        pick: (R,) int32 the target's picks at positions ``first … T - 2``.
-        top_ids: (R, K) int32, best first.
-        top_logits: (R, K) fp32.
-        category: For tables.
-    """
-
-    ids: Tensor
-    states: dict[int, Tensor]
-    first: int
-    pick: Tensor
-    top_ids: Tensor
-    top_logits: Tensor
-    category: str
 
 
 def read_examples(files: Sequence[Path], max_length: int) -> tuple[list[Example], dict[str, int]]:
@@ -159,7 +138,7 @@ def build_shards(
     *,
     fingerprint: str,
     layers: Sequence[int],
-    top_k: int = 12,
+    top_k: int = TOP_K,
     shard_tokens: int = 65_536,
     max_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -219,64 +198,6 @@ def read_note(path: Path) -> dict[str, Any] | None:
     return note
 
 
-class ShardCache:
-    """The sequences of some shards, mapped.
-
-    Args:
-        paths: Shards, each whole.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = list(paths)
-        self._tensors: list[dict[str, Tensor]] = []
-        self._layers: list[int] = []
-        self._where: list[tuple[int, int]] = []  # sequence → (shard, number in it)
-        self._categories: list[list[str]] = []
-        self.lengths: list[int] = []
-        self.response_lengths: list[int] = []
-        for number, path in enumerate(self.paths):
-            with safe_open(path, "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                self._categories.append(json.loads(file.metadata()["categories"]))
-            self._tensors.append(tensors)
-            lengths = tensors["starts"].diff().tolist()
-            self.lengths += lengths
-            self.response_lengths += tensors["targets"].diff().tolist()
-            self._where += [(number, i) for i in range(len(lengths))]
-            found = {int(n[6:]) for n in tensors if n.startswith("state_")}
-            self._layers = sorted(found & set(self._layers) if number else found)
-
-    def __len__(self) -> int:
-        return len(self._where)
-
-    @property
-    def layers(self) -> list[int]:
-        """The layers whose states are kept, L last."""
-        return self._layers
-
-    def __getitem__(self, index: int) -> CachedText:
-        shard, number = self._where[index]
-        tensors = self._tensors[shard]
-        start, end = tensors["starts"][number : number + 2].tolist()
-        low, high = tensors["targets"][number : number + 2].tolist()
-        return CachedText(
-            ids=tensors["ids"][start:end],
-            states={e: tensors[f"state_{e}"][start:end] for e in self._layers},
-            first=int(tensors["first"][number]),
-            pick=tensors["pick"][low:high],
-            top_ids=tensors["top_ids"][low:high],
-            top_logits=tensors["top_logits"][low:high],
-            category=self._categories[shard][number],
-        )
-
-    def pick_counts(self, vocab_size: int) -> Tensor:
-        """(V,) int64: how often the target picked each token."""
-        counts = torch.zeros(vocab_size, dtype=torch.int64)
-        for tensors in self._tensors:
-            counts += torch.bincount(tensors["pick"].long(), minlength=vocab_size)
-        return counts
-
-
 def _key(group: Sequence[Example], fingerprint: str, layers: Sequence[int], top_k: int) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, fingerprint, list(layers), top_k]).encode())
     for example in group:
@@ -305,6 +226,12 @@ def _run(
             kept = {f"state_{e}": states[e][row, :size].bfloat16() for e in layers}
             kept |= _answers(trunk, states[final][row, first : size - 1], top_k)
             found[i] = kept
+    return _pack(group, found)
+
+
+def _pack(group: Sequence[Example], found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor | str]:
+    """The tensors of one shard from those of its sequences."""
+    sizes = [len(example.ids) for example in group]
     tensors: dict[str, Tensor | str] = {
         name: torch.cat([kept[name] for kept in found]).contiguous() for name in found[0]
     }
@@ -323,14 +250,52 @@ def _answers(trunk: Backbone, states: Tensor, top_k: int) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {"pick": [], "top_ids": [], "top_logits": []}
     for start in range(0, states.shape[0], HEAD_ROWS):
         logits = trunk.logits(states[start : start + HEAD_ROWS])  # (n, V)
-        values, indices = logits.topk(top_k, -1)
-        # bf16 logits tie often; the target's pick is then the lowest id. (A second pass over the
-        # vocabulary for argmax would double the cost of this function.)
-        tied = torch.where(values == values[:, :1], indices, logits.shape[-1])
-        parts["pick"].append(tied.amin(-1).int())
-        parts["top_ids"].append(indices.int())
-        parts["top_logits"].append(values.float())
+        for name, found in zip(parts, top_picks(logits, top_k), strict=True):
+            parts[name].append(found)
     return {name: torch.cat(values) for name, values in parts.items()}
+
+
+def top_picks(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The target's pick (n,), its ``top_k`` likeliest ids, best first, and their logits (n, K)."""
+    values, indices = logits.topk(top_k, -1)
+    # bf16 logits tie often; the target's pick is then the lowest id. (A second pass over the
+    # vocabulary for argmax would double the cost of this function.)
+    tied = torch.where(values == values[:, :1], indices, logits.shape[-1])
+    return tied.amin(-1).int(), indices.int(), values.float()
+
+
+def write_states(
+    path: Path, group: Sequence[Example], said: Sequence[dict[str, Tensor]], fingerprint: str
+) -> None:
+    """A shard of what a model said while it answered stands at ``path``.
+
+    Args:
+        path: Of the shard.
+        group: Its texts.
+        said: For each, ``state_e`` (T, D) of some layers, and at the R response positions ``pick``
+            (R,), ``top_ids`` and ``top_logits`` (R, K).
+        fingerprint: Of the model.
+    """
+    layers = sorted(int(name[6:]) for name in said[0] if name.startswith("state_"))
+    key = _key(group, fingerprint, layers, said[0]["top_ids"].shape[1])
+    _write_shard(path, key, _pack(group, said), len(group))
+
+
+def find_states(
+    paths: Sequence[Path], examples: Sequence[Example], fingerprint: str, layers: Sequence[int]
+) -> bool:
+    """Whether whole shards of these texts and layers stand at ``paths``, one after the other."""
+    start = 0
+    for path in paths:
+        note = read_note(path)
+        if note is None:
+            return False
+        kept = ShardCache([path]).layers
+        group = examples[start : start + note["sequences"]]
+        if not set(layers) <= set(kept) or note["key"] != _key(group, fingerprint, kept, TOP_K):
+            return False
+        start += len(group)
+    return start == len(examples)
 
 
 def _write_shard(

@@ -6,6 +6,8 @@ request gives the same text in any batch, bf16 included.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,13 +24,14 @@ class TextBatch(Batch):
     """The rows in flight, on compiled passes.
 
     Args:
-        model: With bf16 weights in tiles.
+        model: With bf16 weights in tiles or pairs.
         rows: How many texts advance together.
         positions: The longest text, prompt and answer together.
+        layers: Whose states are kept.
     """
 
-    def __init__(self, model: Llama, rows: int, positions: int) -> None:
-        super().__init__(rows)
+    def __init__(self, model: Llama, rows: int, positions: int, layers: Sequence[int] = ()) -> None:
+        super().__init__(rows, positions, layers, model.config.hidden_size)
         assert isinstance(model.narrow, NativePasses)
         self.model, self.passes = model, model.narrow
         config = model.config
@@ -53,8 +56,13 @@ class TextBatch(Batch):
             part = slice(i, i + _WIDTH)
             starts = torch.tensor(rows[part]) * self.stretch
             x = self.model.embed(tokens[part])
-            at = torch.tensor(positions[part])
-            parts.append(self.passes.run_texts(self.model.blocks, x, at, starts, self.cache))
+            at, first = torch.tensor(positions[part]), 0
+            for stop in self.stops(self.model.config.num_layers):
+                blocks = self.model.blocks[first:stop]
+                x = self.passes.run_texts(blocks, x, at, starts, self.cache, first)
+                self.keep(stop, rows[part], positions[part], x)
+                first = stop
+            parts.append(x)
         return torch.cat(parts)
 
     def admit(self, rows: list[int], indices: list[int], requests: list[Request]) -> Tensor:

@@ -16,17 +16,26 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hispec.errors import HispecError, UsageError
+from hispec.errors import UsageError
+from hispec_training.options import (
+    check_above_zero,
+    check_at_least_one,
+    check_not_negative,
+    check_share,
+    exit_layers,
+    run,
+    say,
+)
 
 if TYPE_CHECKING:
     from hispec.model.checkpoint import Checkpoint
     from hispec_training.loop import Recipe
-    from hispec_training.shards import ShardCache
+    from hispec_training.shard_cache import ShardCache
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what hispec distill wrote, or prompts (which are answered by the model first)",
     )
     add("--out", required=True, type=Path, help="folder for the exits; work files beside them")
-    add("--exits", default=None, help="layers, such as 4,8 (default: an eighth and a quarter)")
+    add("--exits", default=None, help="layers, such as 0,8 (default: 0 and a quarter)")
     add("--mode", choices=["frozen", "lora"], default="frozen", help="heads, or the backbone too")
     add("--resume", action="store_true", help="go on with a run that was stopped")
     add("--seed", type=int, default=0)
@@ -60,12 +69,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--use-responses", action="store_true", help="take the data's answers, not the model's"
     )
     heads = parser.add_argument_group("heads (frozen mode)")
-    heads.add_argument("--head", choices=["block", "affine", "shared"], default="block")
+    heads.add_argument("--head", choices=["block", "lora", "affine", "shared"], default="block")
+    heads.add_argument("--head-rank", type=int, default=16, help="of the updates of --head lora")
     heads.add_argument("--context", choices=["deep", "none"], default=None, help="default: deep")
     heads.add_argument(
         "--head-vocab", type=int, default=8192, help="rows of the head, most frequent first; 0: all"
     )
-    heads.add_argument("--start-from", metavar="DIR", help="exits to go on training")
+    heads.add_argument(
+        "--start-from",
+        metavar="DIR",
+        help="exits to go on training; new ones start from the nearest",
+    )
     steps = parser.add_argument_group("steps")
     steps.add_argument("--steps", type=int, default=None, help="optimizer steps")
     steps.add_argument("--epochs", type=float, default=2.0, help="if --steps is not given")
@@ -98,93 +112,65 @@ def main(args: argparse.Namespace) -> int:
 
 def train_heads(args: argparse.Namespace) -> int:
     """``frozen`` mode; see `main`."""
-    from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
 
     from hispec.model.checkpoint import open_checkpoint
+    from hispec_training.checkpoints import CHECKPOINT
     from hispec_training.exits import Exits
-    from hispec_training.export import TrainedExits, load_into
+    from hispec_training.export import TrainedExits, donor_of, load_into
     from hispec_training.least_squares import start_from_least_squares
-    from hispec_training.loop import CHECKPOINT, Trainer
-    from hispec_training.report import Progress, write_report
+    from hispec_training.loop import Trainer
+    from hispec_training.report import make_accelerator, reported, write_report
 
     checkpoint = open_checkpoint(args.model)
     layers = exit_layers(args.exits, checkpoint.config.num_layers)
     specs = head_specs(args, layers, checkpoint)
-    accelerator = Accelerator(
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=str(args.out / "work"),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    accelerator = make_accelerator(
+        args, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)]
     )
     work = args.out / "work"
-    kept = sorted({*layers, checkpoint.config.num_layers})
+    kept = {*layers, checkpoint.config.num_layers}
+    if args.start_from:
+        saved = TrainedExits.from_pretrained(args.start_from, checkpoint, force=args.force)
+        kept |= {donor_of(e, saved) for e in layers}
     with accelerator.main_process_first():
-        cache, held_out = prepare(args, checkpoint, kept, work, accelerator.is_main_process)
+        cache, held_out = prepare(args, checkpoint, sorted(kept), work, accelerator.is_main_process)
     exits = Exits(specs, checkpoint, cache.pick_counts(checkpoint.config.vocab_size))
     if args.start_from:
-        load_into(
-            exits, TrainedExits.from_pretrained(args.start_from, checkpoint, force=args.force)
-        )
+        load_into(exits, saved, cache)
     elif not (args.resume and (work / CHECKPOINT).exists()):
         start_from_least_squares(exits, cache, seed=args.seed)
     recipe = make_recipe(args, cache)
     if accelerator.is_main_process:
-        _say(
+        say(
             f"{len(cache):,} texts, {sum(cache.response_lengths):,} targets, "
             f"{recipe.steps} steps; {sum(p.numel() for p in exits.parameters()):,} parameters"
         )
-    if args.report_to != "none":
-        accelerator.init_trackers("hispec", config=vars(recipe))
-    progress = Progress(recipe.steps, accelerator if args.report_to != "none" else None)
-    trainer = Trainer(exits, cache, held_out, recipe, work, accelerator, progress.add)
-    if args.resume:
-        trainer.resume()
-    try:
+    with reported(recipe, args.report_to, accelerator) as progress:
+        trainer = Trainer(exits, cache, held_out, recipe, work, accelerator, progress.add)
+        if args.resume:
+            trainer.resume()
         history = trainer.run()
-    finally:
-        progress.close()
-        if args.report_to != "none":
-            accelerator.end_training()
     if accelerator.is_main_process:
         acceptance = measure(exits, held_out, recipe.autocast)
         facts = run_facts(args, cache, recipe, history.losses[-1]["seconds"])
-        saved = TrainedExits.from_training(exits, checkpoint, acceptance, training=facts)
-        saved.save_pretrained(args.out)
+        made = TrainedExits.from_training(exits, checkpoint, acceptance, training=facts)
+        made.save_pretrained(args.out)
         write_report(args.out / "report", history, acceptance)
-        _say(f"exits in {args.out}, report in {args.out / 'report'}")
+        say(f"exits in {args.out}, report in {args.out / 'report'}")
     accelerator.wait_for_everyone()
     return 0
-
-
-def exit_layers(text: str | None, num_layers: int) -> list[int]:
-    """The exits asked for, ascending; an eighth and a quarter of the depth if none are.
-
-    Raises:
-        UsageError: If one is not a layer of this model.
-    """
-    if text is None:
-        return sorted({max(1, int(num_layers / part + 0.5)) for part in (8, 4)})
-    try:
-        layers = sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise UsageError(f"--exits takes layers such as 4,8, got {text!r}.") from None
-    for layer in layers:
-        if not 1 <= layer < num_layers:
-            raise UsageError(
-                f"exit_layer must be in [1, {num_layers - 1}] for this {num_layers}-layer model, "
-                f"got {layer}."
-            )
-    return layers
 
 
 def head_specs(args: argparse.Namespace, layers: list[int], checkpoint: Checkpoint) -> list[Any]:
     """What each exit's head is made of."""
     from hispec_training.heads import HeadSpec
 
-    context = args.context or ("deep" if args.head == "block" else "none")
+    context = args.context or ("deep" if args.head in ("block", "lora") else "none")
     rows = args.head_vocab if args.head_vocab < checkpoint.config.vocab_size else 0
     specs = [
-        HeadSpec(e, args.head, context, context == "deep", rows, start_layer=e) for e in layers
+        HeadSpec(e, args.head, context, context == "deep", rows, start_layer=e, rank=args.head_rank)
+        for e in layers
     ]
     for spec in specs:
         spec.check(checkpoint.config.num_layers)
@@ -200,19 +186,31 @@ def prepare(
     """
     import torch
 
-    from hispec_training.shards import build_shards, read_examples
+    from hispec_training.answers import shards_of
+    from hispec_training.shard_cache import ShardCache
+    from hispec_training.shards import Example, build_shards, find_states, read_examples
     from hispec_training.trunk import Trunk
 
-    files = [_answered(args, Path(name), i, work) for i, name in enumerate(args.data)]
-    examples, counts = read_examples(files, args.max_length)
-    if args.held_out:
-        aside, _ = read_examples([Path(name) for name in args.held_out], args.max_length)
-    else:
-        chosen = set(range(0, len(examples), 50)[:200]) if len(examples) > 1 else set()
-        aside = [example for i, example in enumerate(examples) if i in chosen]
-        examples = [example for i, example in enumerate(examples) if i not in chosen]
+    words = None
+    if 0 in layers:  # looked up when they are read: nothing has to be kept
+        layers = layers[1:]
+        words = checkpoint.tensor("model.embed_tokens.weight").bfloat16()
+    files = [_answered(args, Path(name), i, work, layers) for i, name in enumerate(args.data)]
+    counts: Counter[str] = Counter()
+    kept: list[Path] = []  # shards that distilling left
+    examples: list[Example] = []  # those of all other files
+    for file in files:
+        found, count = read_examples([file], args.max_length)
+        counts.update(count)
+        shards = sorted(shards_of(file).glob("shard-*.safetensors"))
+        if shards and find_states(shards, found, checkpoint.fingerprint, layers):
+            kept += shards
+        else:
+            examples += found
     if loud:
-        _say(", ".join(f"{n:,} {what}" for what, n in counts.items()))
+        say(", ".join(f"{n:,} {what}" for what, n in counts.items()))
+        if kept:
+            say(f"states of {len(kept)} shards are there from answering")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trunk: list[Trunk] = []
 
@@ -223,14 +221,26 @@ def prepare(
 
     def progress(done: int, total: int) -> None:
         if loud:
-            _say(f"states of {done}/{total} shards on disk")
+            say(f"states of {done}/{total} shards on disk")
 
     common: dict[str, Any] = {"fingerprint": checkpoint.fingerprint, "layers": layers}
     limit = None if args.cache_gb is None else int(args.cache_gb * 1e9)
-    cache = build_shards(
-        work / "cache", examples, make_trunk, max_bytes=limit, progress=progress, **common
-    )
-    held_out = build_shards(work / "held_out", aside, make_trunk, **common) if aside else None
+    if examples:
+        built = build_shards(
+            work / "cache", examples, make_trunk, max_bytes=limit, progress=progress, **common
+        )
+        kept += built.paths
+    cache, held_out = ShardCache(kept), None
+    if args.held_out:
+        aside, _ = read_examples([Path(name) for name in args.held_out], args.max_length)
+        held_out = build_shards(work / "held_out", aside, make_trunk, **common)
+    elif len(cache) > 1:
+        chosen = range(0, len(cache), 50)[:200]
+        rest = [i for i in range(len(cache)) if i not in chosen]
+        cache, held_out = ShardCache(kept, rest), ShardCache(kept, chosen)
+    for one in (cache, held_out):
+        if one:
+            one.words = words
     return cache, held_out
 
 
@@ -287,7 +297,9 @@ def run_facts(
     }
 
 
-def _answered(args: argparse.Namespace, path: Path, index: int, work: Path) -> Path:
+def _answered(
+    args: argparse.Namespace, path: Path, index: int, work: Path, layers: list[int]
+) -> Path:
     """The file itself if it holds tokenized answers, else one that does, made now."""
     from hispec_training import distill
     from hispec_training.data import read_jsonl
@@ -308,6 +320,8 @@ def _answered(args: argparse.Namespace, path: Path, index: int, work: Path) -> P
     distill.add_arguments(parser)
     given = ["--model", args.model, "--prompts", str(path), "--out", str(out), "--resume"]
     given += ["--max-new-tokens", str(args.max_new_tokens), "--seed", str(args.seed)]
+    if args.cache_gb is None:  # the cache of states costs no pass of its own then
+        given += ["--states", ",".join(map(str, layers[:-1])) or "0"]
     if args.distill_minutes is not None:
         given += ["--minutes", str(args.distill_minutes)]
     distill.main(parser.parse_args(given))
@@ -318,7 +332,7 @@ def _tokenized(model: str, source: Path, out: Path) -> Path:
     """``out`` holds the source's own prompts and responses as token ids."""
     from hispec.model.checkpoint import open_checkpoint
     from hispec_training.data import encode_prompt, read_records
-    from hispec_training.distill import write_atomically
+    from hispec_training.files import write_atomically
 
     checkpoint = open_checkpoint(model)
     lines = []
@@ -343,20 +357,14 @@ def _tokenized(model: str, source: Path, out: Path) -> Path:
 
 
 def _check(args: argparse.Namespace) -> None:
-    positive = ("max_length", "batch_targets", "accumulate", "eval_every", "save_every", "steps")
-    for name in positive:
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
-    for name in ("lr", "epochs"):
-        if not getattr(args, name) > 0:
-            raise UsageError(f"--{name} must be above 0, got {getattr(args, name)}.")
-    if not 0 <= args.soft <= 1:
-        raise UsageError(f"--soft must lie in [0, 1], got {args.soft}.")
+    check_at_least_one(
+        args, ("max_length", "batch_targets", "accumulate", "eval_every", "save_every", "steps")
+    )
+    check_above_zero(args, ("lr", "epochs"))
+    check_share(args, ("soft",))
+    check_not_negative(args, ("head_vocab",))
     if not 0 <= args.dropout < 1:
         raise UsageError(f"--dropout must lie in [0, 1), got {args.dropout}.")
-    if args.head_vocab < 0:
-        raise UsageError(f"--head-vocab must be 0 (all) or more, got {args.head_vocab}.")
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out} is a file: give a folder.")
     if (args.out / "work" / "checkpoint.pt").exists() and not args.resume:
@@ -365,15 +373,5 @@ def _check(args: argparse.Namespace) -> None:
         )
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 if __name__ == "__main__":
-    _parser = argparse.ArgumentParser(prog="hispec_training.trainer", description=__doc__)
-    add_arguments(_parser)
-    try:
-        sys.exit(main(_parser.parse_args()))
-    except HispecError as _error:
-        _say(f"error: {_error}")
-        sys.exit(_error.exit_code)
+    run("hispec_training.trainer", __doc__, add_arguments, main)

@@ -15,10 +15,21 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
 
-_SOURCES = [Path(__file__).parent / name for name in ("passes.c", "passes.inc.h")]
+_SOURCES = [
+    Path(__file__).parent / name
+    for name in (
+        *("passes.c", "picks.c"),
+        *("lanes.h", "dots.h", "passes.inc.h", "cells.inc.h", "draft.inc.h"),
+        *("vectors.inc.h", "pairs.inc.h", "tiles.inc.h"),
+    )
+]
+#: What ``bf16_layout`` returns, by name.
+LAYOUTS: tuple[Literal["plain", "tiles", "pairs"], ...] = ("plain", "tiles", "pairs")
 _FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared"]
 
 
@@ -42,6 +53,10 @@ class Layer(ctypes.Structure):
             "output_bias",
             "gate_up_bias",
             "down_bias",
+            "qkv_scale",
+            "output_scale",
+            "gate_up_scale",
+            "down_scale",
             "keys",
             "values",
         )
@@ -60,6 +75,46 @@ class Shape(ctypes.Structure):
         ("kv_stride", ctypes.c_int64),
         ("eps", ctypes.c_float),
         ("scale", ctypes.c_float),
+    ]
+
+
+class Head(ctypes.Structure):
+    """``head_t``: addresses of a trained head's weights, and its block."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                *("proj", "shallow_kv", "deep_kv", "feature", "vocabulary"),
+                *("proj_scale", "shallow_scale", "deep_scale", "feature_scale", "vocabulary_scale"),
+                *("proj_bias", "deep_norm", "feature_norm", "norm", "ids"),
+            )
+        ),
+        ("maps", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("block", Layer),
+    ]
+
+
+class Place(ctypes.Structure):
+    """``place_t``: what a call of a head works on."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("states", "finals", "feature")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("root", "final", "start", "first", "end", "new_root")
+        ),
+    ]
+
+
+class Nodes(ctypes.Structure):
+    """``nodes_t``: a draft tree."""
+
+    _fields_ = [
+        ("root", ctypes.c_int64),
+        ("depths", ctypes.c_void_p),
+        ("paths", ctypes.c_void_p),
     ]
 
 
@@ -106,23 +161,80 @@ def load_library(folder: Path) -> ctypes.CDLL:
     if not library.amx_allowed():
         raise BuildError("the kernel does not grant AMX registers")
     pointer, size, real, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
-    shape = ctypes.POINTER(Shape)
-    for kind in ("bf16", "fp32"):
-        # layers, count, shape, x, width, position, rows, cos, sin, scratch, threads
+    shape, nodes = ctypes.POINTER(Shape), ctypes.POINTER(Nodes)
+    for kind in kinds(library):
+        # layers, count, shape, x, width, slot, rows, nodes, cos, sin, scratch, threads
         run = getattr(library, f"run_layers_{kind}")
         run.argtypes = [
             *(pointer, size, shape, pointer, size, size),
-            *(pointer, pointer, pointer, pointer, threads),
+            *(pointer, nodes, pointer, pointer, pointer, threads),
         ]
-        run.restype = None
-        # w, bias, rows, n, norm, eps, x, width, y, scratch, threads
+        # w, scale, bias, rows, n, norm, eps, x, width, y, scratch, threads
         project = getattr(library, f"project_{kind}")
         project.argtypes = [
-            *(pointer, pointer, size, size, pointer, real),
+            *(pointer, pointer, pointer, size, size, pointer, real),
             *(pointer, size, pointer, pointer, threads),
         ]
-        project.restype = None
+        # w, scale, rows, n, norm, eps, x, width, k, temperature,
+        # ids, found, odds, logits, scratch, threads
+        best = getattr(library, f"project_best_{kind}")
+        best.argtypes = [
+            *(pointer, pointer, size, size, pointer, real, pointer, size, size, real),
+            *(pointer, pointer, pointer, pointer, pointer, threads),
+        ]
+        # head, shape, place, nodes, tree, cos, sin, k, temperature,
+        # found, odds, logits, room, scratch, threads
+        draft = getattr(library, f"draft_{kind}")
+        draft.argtypes = [
+            *(ctypes.POINTER(Head), shape, ctypes.POINTER(Place), nodes, nodes),
+            *(pointer, pointer, size, real, pointer, pointer, pointer, pointer, pointer, threads),
+        ]
+        run.restype = project.restype = best.restype = draft.restype = None
+        if kind == "bytes":
+            continue
+        # w, n, step, tokens, count, out
+        embed = getattr(library, f"embed_{kind}")
+        embed.argtypes = [pointer, size, size, pointer, size, pointer]
+        # keys, values, shape, projected, count, position, cos, sin
+        store = getattr(library, f"store_rows_{kind}")
+        store.argtypes = [pointer, pointer, shape, pointer, size, size, pointer, pointer]
+        # cache, layers, shape, sources, targets, count, threads
+        move = getattr(library, f"move_slots_{kind}")
+        move.argtypes = [pointer, size, shape, pointer, pointer, size, threads]
+        embed.restype = store.restype = move.restype = None
+    # x, rows, n, k, values, columns, scratch, threads
+    library.top_k.argtypes = [pointer, size, size, size, pointer, pointer, pointer, threads]
+    # x, rows, n, temperature, out, threads
+    library.log_sum_exp.argtypes = [pointer, size, size, real, pointer, threads]
+    # logits, temperature, seed, positions, tokens, stride, rows, n, out, threads
+    library.gumbel.argtypes = [
+        *(pointer, real, ctypes.c_uint64, pointer, pointer, size, size, size, pointer, threads),
+    ]
+    library.top_k.restype = library.log_sum_exp.restype = library.gumbel.restype = None
     return library
+
+
+def kinds(library: ctypes.CDLL) -> tuple[str, ...]:
+    """Returns what weights may be: bf16, fp32 and, where bf16 lies in pairs, bytes."""
+    pairs = LAYOUTS[library.bf16_layout()] == "pairs"
+    return ("bf16", "fp32", "bytes") if pairs else ("bf16", "fp32")
+
+
+_in_use: ctypes.CDLL | None = None
+
+
+def use(library: ctypes.CDLL | None) -> None:
+    """After the call this process's operations on CPU logits are ``library``'s, or torch's again.
+
+    Noise then rounds otherwise by an ulp, so this belongs before the first text.
+    """
+    global _in_use
+    _in_use = library
+
+
+def in_use(*tensors: Tensor) -> ctypes.CDLL | None:
+    """Returns the library given to :func:`use` if these tensors lie in memory that it can read."""
+    return _in_use if all(tensor.device.type == "cpu" for tensor in tensors) else None
 
 
 def _compile(compiler: str, path: Path) -> None:
@@ -130,7 +242,8 @@ def _compile(compiler: str, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as work:
             built = Path(work) / path.name
-            command = [compiler, *_FLAGS, str(_SOURCES[0]), "-o", str(built), "-lm"]
+            units = [str(source) for source in _SOURCES if source.suffix == ".c"]
+            command = [compiler, *_FLAGS, *units, "-o", str(built), "-lm"]
             done = subprocess.run(command, capture_output=True, text=True, timeout=120)
             if done.returncode:
                 first = (done.stderr.strip().splitlines() or ["no message"])[0]

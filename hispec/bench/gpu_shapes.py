@@ -1,0 +1,190 @@
+"""Decoding of Llama shapes with random weights: what a step costs, against reading its bytes.
+
+Random weights time like trained ones. A shape too large for the card cycles a few distinct layers,
+more than any cache holds, so that a step still reads as many bytes as the whole model has.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from hispec.model.block import Block
+from hispec.model.config import ModelConfig
+from hispec.model.gpu import GpuPasses, gpu_passes
+from hispec.model.linear import Linear
+from hispec.model.llama import Llama, weight_bytes
+
+#: name → V, D, I, L, H, H_kv, D_h, tied, distinct layers
+SHAPES = {
+    "tiny": (97, 32, 48, 3, 4, 2, 8, True, 3),
+    "135M": (49152, 576, 1536, 30, 9, 3, 64, True, 30),
+    "1B": (128256, 2048, 8192, 16, 32, 8, 64, True, 16),
+    "8B": (128256, 4096, 14336, 32, 32, 8, 128, False, 32),
+    "70B": (128256, 8192, 28672, 80, 64, 8, 128, False, 4),
+}
+WIDTHS = (1, 2, 4, 8, 16, 32)
+ACCEPTANCE = (0.4, 0.6, 0.8)
+
+
+def shape(name: str, positions: int) -> ModelConfig:
+    """Returns the sizes of one of ``SHAPES``."""
+    vocab, hidden, inner, layers, heads, kv_heads, size, tied, _ = SHAPES[name]
+    return ModelConfig(
+        *(vocab, hidden, inner, layers, heads, kv_heads, size, 1e-5, positions, tied),
+        attention_bias=False,
+        mlp_bias=False,
+        rope={"rope_type": "default", "rope_theta": 500000.0},
+    )
+
+
+def random_llama(name: str, dtype: torch.dtype, device: torch.device, positions: int) -> Llama:
+    """Returns a shape's model with random weights, on the GPU's passes where those run."""
+    config = shape(name, positions)
+    draw = torch.Generator(device).manual_seed(0)
+
+    def linear(out: int, size: int) -> Linear:
+        weight = torch.empty(out, size, dtype=dtype, device=device)
+        return Linear(weight.normal_(std=size**-0.5, generator=draw))
+
+    def ones() -> torch.Tensor:
+        return torch.ones(config.hidden_size, dtype=dtype, device=device)
+
+    heads, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    distinct = [
+        Block(
+            ones(),
+            linear(heads + 2 * kv, config.hidden_size),
+            linear(config.hidden_size, heads),
+            ones(),
+            linear(2 * config.intermediate_size, config.hidden_size),
+            linear(config.hidden_size, config.intermediate_size),
+        )
+        for _ in range(SHAPES[name][-1])
+    ]
+    blocks = [distinct[layer % len(distinct)] for layer in range(config.num_layers)]
+    words = linear(config.vocab_size, config.hidden_size)
+    head = words if config.tie_word_embeddings else linear(config.vocab_size, config.hidden_size)
+    model = Llama(config, words, blocks, ones(), head)
+    if device.type == "cpu":  # Triton's interpreter, where it is on
+        passes, _ = gpu_passes(config, model.rotary, dtype, device, blocks[0])
+        model.narrow = passes or model.narrow
+    return model
+
+
+class Steps:
+    """Times passes of a model behind a context.
+
+    Args:
+        model: the model.
+        context: positions before the pass.
+        repeats: timed calls; the median counts.
+    """
+
+    def __init__(self, model: Llama, context: int, repeats: int) -> None:
+        self.model, self.context, self.repeats = model, context, repeats
+        self._kv = model.new_cache([model.config.num_layers]).kv
+        self._kv.storage.normal_(std=0.5)
+
+    def ms(self, width: int, start: int, stop: int, *, head: bool) -> float:
+        """Returns the time of a pass over ``layers[start:stop]``, with picks where ``head``."""
+        model, times = self.model, []
+        x = torch.randn(width, model.config.hidden_size, device=model.device)
+        for repeat in range(self.repeats + 3):
+            started = self._now()
+            states = model.run_layers(x, start, stop, self.context, self._kv)
+            if head:
+                model.logits(states).argmax(-1).tolist()  # sync: as a round ends
+            if repeat >= 3 or self.repeats == 1:  # compiled, captured, replayed once
+                times.append(self._now() - started)
+        return sorted(times)[len(times) // 2] * 1e3
+
+    def _now(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()
+
+
+def step_bytes(model: Llama, context: int) -> int:
+    """Returns the bytes a plain step reads: all weights but the embedding's, and the cache."""
+    config = model.config
+    cells = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+    return weight_bytes(config, model.dtype, tied=True) + context * cells * model.dtype.itemsize
+
+
+def plain_row(
+    name: str, model: Llama, context: int, repeats: int, ceiling: float
+) -> dict[str, Any]:
+    """Returns the row of plain decoding: a step replayed and kernel by kernel, over its floor."""
+    steps, layers = Steps(model, context, repeats), model.config.num_layers
+    replayed = steps.ms(1, 0, layers, head=True)
+    eager = replayed
+    if isinstance(model.narrow, GpuPasses):
+        with model.narrow.kernel_by_kernel():
+            eager = steps.ms(1, 0, layers, head=True)
+    floor = step_bytes(model, context) / ceiling / 1e6
+    return {
+        "shape": name,
+        "context": context,
+        "passes": model.narrow.name,
+        "ms": replayed,
+        "eager_ms": eager,
+        "floor_ms": floor,
+        "ratio": floor / replayed,
+        "tok_per_s": 1e3 / replayed,
+    }
+
+
+def curve_rows(name: str, model: Llama, context: int, repeats: int) -> list[dict[str, Any]]:
+    """Returns measured passes by range and width, and what hierarchies would yield on them.
+
+    Exits at an eighth and a quarter; acceptance is the same at every level, and synthetic.
+    """
+    layers, steps = model.config.num_layers, Steps(model, context, repeats)
+    low, middle = max(1, layers // 8), max(2, layers // 4)
+    widths = WIDTHS if repeats > 1 else WIDTHS[:2]
+    rows: list[dict[str, Any]] = []
+    costs: dict[tuple[int, int], list[float]] = {}
+    for start, stop in ((0, low), (low, middle), (low, layers), (middle, layers), (0, layers)):
+        costs[start, stop] = [steps.ms(width, start, stop, head=True) for width in widths]
+        for width, ms in zip(widths, costs[start, stop], strict=True):
+            rows.append({"shape": name, "layers": [start, stop], "width": width, "ms": ms})
+    plain = costs[0, layers][0]
+    ways = {
+        "layerskip 4": ([costs[0, low][0], _at(costs[low, layers], widths, 5)], [4]),
+        "hispec 2/4": (
+            [
+                costs[0, low][0],
+                _at(costs[low, middle], widths, 3),
+                _at(costs[middle, layers], widths, 5),
+            ],
+            [2, 4],
+        ),
+    }
+    for way, (passes, windows) in ways.items():
+        for rate in ACCEPTANCE:
+            speedup = plain / cost_per_token(passes, windows, rate)
+            rows.append({"shape": name, "way": way, "acceptance": rate, "speedup": speedup})
+    return rows
+
+
+def cost_per_token(passes: Sequence[float], windows: Sequence[int], rate: float) -> float:
+    """Returns the expected time of a committed token (HSD, arXiv 2510.19705), in the passes' unit.
+
+    Args:
+        passes: a pass of each level, the target last.
+        windows: tokens each level below the target hands up.
+        rate: acceptance at every level, in [0, 1).
+    """
+    latency = passes[0]
+    for window, cost in zip(windows, passes[1:], strict=True):
+        latency = (window * latency + cost) * (1 - rate) / (1 - rate ** (window + 1))
+    return latency
+
+
+def _at(costs: Sequence[float], widths: Sequence[int], width: int) -> float:
+    """The cost at the least measured width that holds ``width`` rows."""
+    return next((c for c, w in zip(costs, widths, strict=True) if w >= width), costs[-1])

@@ -1,0 +1,45 @@
+"""``hispec ngrams merge``: several databases of one tokenizer become one."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from hispec.errors import UsageError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the command's options."""
+    parser.add_argument("files", nargs="+", metavar="FILE", help="stores, or histories")
+    parser.add_argument("--out", required=True, metavar="FILE", help="the database to write")
+    parser.add_argument("--json", action="store_true", help="end with one JSON document")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Adds the counts of all files; stores make a store, histories a history."""
+    from hispec.commands.ngrams_info import describe, is_history
+    from hispec.sources import history_file
+    from hispec.sources.build import merge_stores
+    from hispec.sources.store import Store
+
+    paths = [Path(name).expanduser() for name in args.files]
+    out = Path(args.out).expanduser()
+    if any(path.absolute() == out.absolute() for path in paths):
+        raise UsageError(f"--out {out} is one of the files to merge. Give another name.")
+    histories = [is_history(path) for path in paths]
+    if all(histories):
+        for path in paths:
+            with history_file.reading(path) as file:
+                tokenizer, records = history_file.tokenizer_of(file), history_file.records_of(file)
+            history_file.add_records(out, tokenizer, records)
+    elif any(histories):
+        raise UsageError("stores and histories do not mix. Merge those of one kind.")
+    else:
+        first = Store(paths[0])
+        merge_stores([Store(path, first.facts.get("tokenizer")) for path in paths], out)
+    print(f"{out}: {len(paths)} databases", file=sys.stderr)
+    if args.json:
+        print(json.dumps(describe(out)))
+    return 0

@@ -1,0 +1,115 @@
+"""From a name to a loaded model: weights, exits, databases and models below that fit each other."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from hispec.errors import UsageError
+from hispec.generation import LM
+from hispec.model.checkpoint import Checkpoint, open_checkpoint
+from hispec.model.device import choose
+from hispec.model.exits import Exits, shipped_exits
+from hispec.model.level import check_vocabulary
+from hispec.model.linear import Layout
+from hispec.model.llama import Llama
+from hispec.model.numerics import cached_min_width
+
+
+def load(
+    model: str | Path,
+    *,
+    exits: str | Path | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    numerics: str = "exact",
+    force_exits: bool = False,
+    force_plan: bool = False,
+    corpus: str | Path | None = None,
+    context: int | None = None,
+    levels: Sequence[str | Path] = (),
+) -> LM:
+    """Returns a model ready to generate.
+
+    Args:
+        model: a hub id, a folder, a ``.gguf`` file, or ``smollm2-135m``.
+        exits: a folder of trained exits; those shipped for these weights are found by themselves.
+        dtype: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        numerics: ``exact``: every hierarchy yields the very tokens of plain decoding. ``fast``: up
+            to rounding ties.
+        force_exits: use exits trained on other weights; the output stays right, the speed may not.
+        force_plan: use plans made for other exits or another machine.
+        corpus: an n-gram store of any text, from ``hispec ngrams build``; drafts as ``corpus``.
+        context: the most tokens a text may have; by default what the model was made for. On a GPU
+            the cache takes memory for all of it.
+        levels: smaller models of the same vocabulary, named as ``model``, from the lowest up: every
+            hierarchy given by name has them below its levels (:meth:`Hierarchy.over`).
+
+    Raises:
+        UsageError: an argument names something that does not exist or does not fit.
+        CheckpointError: the model cannot be found, read or understood.
+        HispecError: it does not fit into the GPU's memory.
+        DatabaseError: the corpus store cannot be read or belongs to another tokenizer.
+    """
+    if numerics not in ("exact", "fast"):
+        raise UsageError(f"unknown numerics {numerics!r}. Use exact or fast.")
+    choice = choose(device, dtype)
+    checkpoint = open_checkpoint(str(model))
+    if exits is None:
+        trained = shipped_exits(checkpoint)
+    else:
+        trained = Exits.open(Path(exits))
+        trained.check_base(checkpoint, force=force_exits)
+    for level in levels:  # before weights are read
+        check_vocabulary(open_checkpoint(str(level)), checkpoint)
+    return open_lm(
+        checkpoint,
+        trained,
+        choice.dtype,
+        choice.device,
+        exact=numerics == "exact",
+        corpus=Path(corpus) if corpus else None,
+        context=context,
+        below=[str(level) for level in levels],
+        force_plan=force_plan,
+    )
+
+
+def open_lm(
+    checkpoint: Checkpoint,
+    exits: Exits | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    exact: bool = True,
+    layout: Layout | None = None,
+    corpus: Path | None = None,
+    context: int | None = None,
+    below: Sequence[str] = (),
+    force_plan: bool = False,
+) -> LM:
+    """Returns a checkpoint's model ready to generate.
+
+    ``layout`` and ``context`` as in :meth:`Llama.load`.
+    """
+    with torch.inference_mode():
+        llama = Llama.load(checkpoint, dtype, device, exact=exact, layout=layout, context=context)
+        if line := without_kernels(llama):
+            print(line, file=sys.stderr)
+        if exact:
+            llama.narrow.min_width = cached_min_width(llama)
+    return LM(checkpoint, llama, exits, corpus, below, force_plan=force_plan)
+
+
+def without_kernels(model: Llama) -> str:
+    """Returns what to say where a GPU's kernels do not run; empty where they do, and on CPUs."""
+    if model.device.type == "cpu" or not model.why_not_native:
+        return ""
+    return (
+        f"hispec: no GPU kernels ({model.why_not_native}); decoding runs operator by operator, "
+        f"which is slower."
+    )

@@ -1,0 +1,79 @@
+"""CUDA graphs of passes: captured when a shape comes back, replayed from then on.
+
+A pass over thirty layers is some 250 kernels of a few microseconds; launched one by one from Python
+they take longer to launch than to run. A graph launches them all at once. What differs from pass to
+pass (places, trees, rows) is read from static buffers, so one graph serves a whole *bucket* of
+shapes. All graphs share one memory pool: they run one after the other, and nothing that lives in
+the pool outlives its graph's run.
+
+The first pass of a bucket runs kernel by kernel, which also compiles them; the second is captured.
+So what happens once costs no capture. ``HISPEC_GRAPHS=0`` runs everything kernel by kernel.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+
+
+class Graphs:
+    """Captures and replays work on one device; on a CPU it just runs it.
+
+    Args:
+        device: where the work runs.
+
+    Attributes:
+        on: whether work is captured.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.on = device.type == "cuda" and os.environ.get("HISPEC_GRAPHS", "1") != "0"
+        self._pool: Any = None
+
+    def run(
+        self,
+        known: dict[Hashable, torch.cuda.CUDAGraph | None],
+        key: Hashable,
+        work: Callable[[bool], None],
+    ) -> None:
+        """Runs ``work``, from a graph if this is not its first time.
+
+        Args:
+            known: the graphs of whatever owns the memory that ``work`` uses; grows by ``key``.
+            key: all that shapes the work.
+            work: starts kernels on static buffers; told whether to start as many programs as the
+                whole bucket needs, or only as many as this time.
+        """
+        if not self.on:
+            work(False)
+            return
+        graph = known.get(key)
+        if graph is None and key in known:
+            graph = known[key] = self._capture(work)
+        known.setdefault(key, graph)
+        if graph is None:
+            work(False)
+        else:
+            graph.replay()
+
+    def _capture(self, work: Callable[[bool], None]) -> torch.cuda.CUDAGraph | None:
+        """Returns the graph of ``work``, or None where there is no memory for it."""
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                work(True)
+        except torch.OutOfMemoryError:
+            self.on = False
+            print(
+                "hispec: no memory left for CUDA graphs, so passes run kernel by kernel, which is "
+                "slower: lower --context.",
+                file=sys.stderr,
+            )
+            return None
+        return graph

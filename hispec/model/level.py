@@ -1,0 +1,210 @@
+"""What the engine asks of a level, and the two kinds there are.
+
+    Exit        a boundary of the target's cache and the head there; at L the target itself
+    Separate    a smaller model of the same vocabulary, with a cache of its own
+
+An exit runs on the states of the boundary below it. A separate model shares no states: it embeds
+the tokens itself, and knows of the text what it was last asked about. Its cache has the same slots
+as the target's, so rejecting works alike for both (``truncate``, ``keep``), and the next time it
+runs it catches up on all that was committed without it.
+
+Levels below the target only draft. What a separate model computes never reaches the output, so it
+may be any Llama whose ids mean the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from hispec.errors import UsageError
+from hispec.model.cache import Cache
+from hispec.model.checkpoint import Checkpoint, open_checkpoint
+from hispec.model.exits import ExitHead, SharedHead
+from hispec.model.llama import Llama
+from hispec.model.nodes import MAX_WIDTH, Nodes
+from hispec.model.numerics import cached_min_width
+from hispec.model.passes import Asked, Found
+
+
+class Level(Protocol):
+    """An exit, a separate model, or the target.
+
+    Attributes:
+        model: whose layers it runs.
+        context: of that model, in tokens; a longer text goes on without the level.
+        cache: what it knows of the text.
+        boundary: its own in the cache: ``layers[0:boundary]`` have run.
+        head: from the states there to logits.
+    """
+
+    model: Llama
+    context: int
+    cache: Cache
+    boundary: int
+    head: ExitHead
+
+    def run(
+        self,
+        tokens: Sequence[int],
+        first: int,
+        end: int,
+        nodes: Nodes,
+        asked: Asked | None = None,
+    ) -> tuple[Found, int]:
+        """Runs the level over all slots it lacks; returns logits, and the layer visits it took.
+
+        Args:
+            tokens: ids by slot, from 0 on.
+            first: slot of the first row of logits wanted.
+            end: a slot, exclusive.
+            nodes: the round's tree.
+            asked: the best ids would do.
+
+        Returns:
+            Logits after the slots ``first`` … ``end - 1``, (T, V) or (T, V_r), and the visits.
+            Where the head finds what is asked by itself, ids and odds instead, (T, k) each.
+        """
+        ...
+
+    def keep(self, root: int, kept: Sequence[int]) -> None:
+        """After the call the level knows the tree's nodes ``kept`` alone; see ``Llama.keep``."""
+        ...
+
+
+class Exit:
+    """An exit of the target or, at L, the target: a boundary of the cache they share.
+
+    The cache is the target's to keep; an exit's own is what its head stores.
+    """
+
+    def __init__(self, model: Llama, cache: Cache, boundary: int, head: ExitHead) -> None:
+        self.model = model
+        self.context = model.config.max_positions
+        self.cache = cache
+        self.boundary = boundary
+        self.head = head
+
+    def run(
+        self,
+        tokens: Sequence[int],
+        first: int,
+        end: int,
+        nodes: Nodes,
+        asked: Asked | None = None,
+    ) -> tuple[Found, int]:
+        """See :class:`Level`. The visits are those of the layers no level below has run."""
+        visits = self.model.advance(self.cache, tokens, end, self.boundary, nodes=nodes)
+        return _found(self.head, self.cache, first, nodes, asked), visits
+
+    def keep(self, root: int, kept: Sequence[int]) -> None:
+        """See :class:`Level`."""
+        if self.boundary == self.cache.boundaries[-1]:
+            self.model.keep(self.cache, root, kept)
+        moved = next((new for new, node in enumerate(kept) if new != node), len(kept))
+        self.head.truncate(root + moved)
+
+
+class Separate:
+    """A smaller model, from text to text.
+
+    What it lacks of a prompt it runs as a prefill does, when it is first asked: a text in which it
+    never pays costs nothing. That time is decoding's; the visits, like a target's prefill, are not
+    counted. Everything later runs in narrow passes, as the target's does: the target itself, opened
+    as a level of its own, is always right.
+
+    Attributes:
+        cache: keys, values and last states of a beginning of the text.
+        prompt: slots of the text's prompt.
+    """
+
+    def __init__(self, model: Llama) -> None:
+        self.model = model
+        self.context = model.config.max_positions
+        self.boundary = model.config.num_layers
+        self.cache = model.new_cache([self.boundary])
+        self.head: ExitHead = SharedHead(model, self.boundary)
+        self.prompt = 0
+
+    @staticmethod
+    def open(path: str, target: Checkpoint, model: Llama) -> Separate:
+        """Returns the model ready to draft for a target, in its dtype and on its device.
+
+        Args:
+            path: as ``--model`` takes it.
+            target: the target's checkpoint.
+            model: the target.
+
+        Raises:
+            UsageError: its ids do not mean the same.
+            CheckpointError: it cannot be found, read or understood.
+        """
+        checkpoint = open_checkpoint(path)
+        check_vocabulary(checkpoint, target)
+        with torch.inference_mode():
+            own = Llama.load(checkpoint, model.dtype, model.device, exact=model.exact)
+            if model.exact:
+                own.narrow.min_width = cached_min_width(own)
+        return Separate(own)
+
+    def run(
+        self,
+        tokens: Sequence[int],
+        first: int,
+        end: int,
+        nodes: Nodes,
+        asked: Asked | None = None,
+    ) -> tuple[Found, int]:
+        """See :class:`Level`. The visits are those of its own layers, whatever their size."""
+        model, cache, visits = self.model, self.cache, 0
+        if cache.length < self.prompt:
+            model.prefill(cache, tokens[: self.prompt])
+        while cache.length < end:
+            upto = min(end, cache.length + MAX_WIDTH)
+            visits += model.advance(cache, tokens, upto, self.boundary, nodes=nodes)
+        return _found(self.head, cache, first, nodes, asked), visits
+
+    def keep(self, root: int, kept: Sequence[int]) -> None:
+        """See :class:`Level`."""
+        self.model.keep(self.cache, root, kept)
+
+
+def _found(head: ExitHead, cache: Cache, first: int, nodes: Nodes, asked: Asked | None) -> Found:
+    if asked:
+        return head.best(cache, first, nodes, asked)
+    return head.logits(cache, first, nodes)
+
+
+def check_vocabulary(checkpoint: Checkpoint, target: Checkpoint) -> None:
+    """Raises ``UsageError`` unless every id means the same to both.
+
+    Args:
+        checkpoint: of a model that is to draft.
+        target: of the model it is to draft for.
+
+    Raises:
+        UsageError: a token or the number of ids differs, or one of them has no tokenizer.
+    """
+    name, advice = checkpoint.name, "Use a model that was made with the target's tokenizer."
+    if target.tokenizer is None:
+        raise UsageError(
+            f"{target.name} has no tokenizer, so nobody knows whether {name} has the same. Copy "
+            f"tokenizer.json into its folder, or drop the level."
+        )
+    theirs, ours = (x.tokenizer.get_vocab() for x in (checkpoint, target))
+    if theirs != ours:
+        a, b = ({token_id: token for token, token_id in x.items()} for x in (theirs, ours))
+        first = min(i for i in {*a, *b} if a.get(i) != b.get(i))
+        there, here = (repr(x[first]) if first in x else "no token" for x in (a, b))
+        raise UsageError(
+            f"the tokenizer of {name} differs from that of {target.name}: token {first} is {there} "
+            f"to the first and {here} to the second. {advice}"
+        )
+    sizes = checkpoint.config.vocab_size, target.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise UsageError(
+            f"{name} has a vocabulary of {sizes[0]} ids and {target.name} one of {sizes[1]}. "
+            f"{advice}"
+        )

@@ -1,0 +1,1 @@
+"""Choosing what to run by what it costs and what it brings."""

@@ -1,0 +1,139 @@
+"""What a plan is made of: the model answers some prompts, and the answers are looked at.
+
+Answers are plain decoding's whatever drafts, so they are made with databases. From them come how
+often exits stand (:mod:`hispec.planner.shadow`), what any hierarchy would have done with these
+texts (:mod:`hispec.planner.replay`), and what the engine and the databases take besides passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from hispec.errors import UsageError
+from hispec.hierarchy import AR, HD, Hierarchy
+from hispec.planner.acceptance import Acceptance
+from hispec.planner.cost_table import CostTable
+from hispec.planner.costs import cost_table
+from hispec.planner.replay import Replayed, replay
+from hispec.planner.shadow import Shadow
+
+if TYPE_CHECKING:
+    from hispec.generation import LM
+    from hispec.result import Result
+
+#: Contexts are measured in steps of so many positions.
+CONTEXT_STEP = 128
+#: Tokens of plain decoding that tell what the engine's own work takes.
+PLAIN_TOKENS = 32
+#: The most that the engine's own work may be of a pass.
+MOST_OWN_WORK = 0.2
+#: Half the width of an interval of acceptance from which on more answers are asked for.
+TOO_WIDE = 0.05
+
+
+@dataclass
+class Calibration:
+    """Costs, acceptance and texts of one model on one machine.
+
+    Attributes:
+        costs: of every pass.
+        acceptance: of every edge between exits and target.
+        shadows: the answers.
+        roots: rounds that acceptance was counted over.
+        recycled: what the databases' passes yield over what their replay does: in earnest they
+            learn from rejected drafts too.
+    """
+
+    costs: CostTable
+    acceptance: Acceptance
+    shadows: Sequence[Shadow]
+    roots: int
+    recycled: float = 1.0
+
+    def replay(self, lm: LM, hierarchy: Hierarchy) -> Replayed:
+        """Returns what a hierarchy would have done with the answers."""
+        done = replay(lm, hierarchy, self.shadows, self.costs, self.acceptance)
+        if hierarchy.nodes and dict(hierarchy.sources).get("recycle"):
+            done.seconds /= self.recycled
+            done.parts = {name: part / self.recycled for name, part in done.parts.items()}
+            done.passes = {name: count / self.recycled for name, count in done.passes.items()}
+        return done
+
+    def doubt(self) -> str:
+        """Returns a sentence if acceptance is known too badly to plan by, else an empty text."""
+        wide = self.acceptance.widest()
+        if not self.acceptance.counts or wide <= TOO_WIDE:
+            return ""
+        return (
+            f"acceptance is known to ±{wide:.2f} only, from {self.roots} rounds: about "
+            f"{self.roots * (wide / TOO_WIDE) ** 2:.0f} make it ±{TOO_WIDE}. Give more prompts or "
+            f"more --max-new-tokens."
+        )
+
+
+def calibrate(
+    lm: LM,
+    prompts: Sequence[Sequence[int]],
+    exits: Sequence[int],
+    max_new_tokens: int,
+    tell: Callable[[str], None] = lambda _: None,
+) -> Calibration:
+    """Returns what the planner needs to know of a model.
+
+    Args:
+        lm: the model.
+        prompts: ids.
+        exits: layers to look at, ascending.
+        max_new_tokens: of every answer.
+        tell: called with what is done next, once a prompt and once before.
+
+    Raises:
+        UsageError: no answer has two tokens.
+    """
+    tell("costs of passes")
+    context = sum(len(ids) for ids in prompts) // max(len(prompts), 1) + max_new_tokens // 2
+    context = max(CONTEXT_STEP, round(context / CONTEXT_STEP) * CONTEXT_STEP)
+    heads = {exit_layer: lm.head(exit_layer) for exit_layer in exits}
+    label = lm.exits.fingerprint if lm.exits else "own"
+    costs = cost_table(lm.model, heads, context, label, anew=True)
+    acceptance = Acceptance()
+    shadows: list[Shadow] = []
+    answers: list[Result] = []
+    plain = lm.generate(prompts[0], hierarchy=AR, max_new_tokens=PLAIN_TOKENS, learn=False)
+    for number, ids in enumerate(prompts, 1):
+        tell(f"answer {number} of {len(prompts)}")
+        answer = lm.generate(ids, hierarchy=HD, max_new_tokens=max_new_tokens, learn=False)
+        if answer.num_tokens > 1:
+            answers.append(answer)
+            shadows.append(Shadow(lm, exits, ids, answer.token_ids))
+    if not shadows:
+        raise UsageError("the model answers none of these prompts with two tokens. Give others.")
+    passes = sum(answer.passes for answer in answers)
+    ask_s = sum(map(_besides, answers)) / passes - _besides(plain) / max(plain.passes, 1)
+    costs = replace(costs, step_s=own_work_s(plain, costs), ask_s=max(ask_s, 0.0))
+    roots = sum(shadow.count(acceptance) for shadow in shadows)
+    found = Calibration(costs, acceptance, shadows, roots)
+    yielded = sum(answer.committed for answer in answers) / passes
+    found.recycled = yielded / found.replay(lm, HD).tokens_per_pass
+    return found
+
+
+def own_work_s(plain: Result, costs: CostTable) -> float:
+    """Returns what the engine itself takes for a step: a pass of plain decoding less its layers.
+
+    Args:
+        plain: of plain decoding.
+        costs: of passes alone.
+    """
+    if not plain.passes:
+        return 0.0
+    bare = costs.plain_s - costs.step_s
+    # More than that is a machine that did something else just then.
+    return min(max(plain.decode_s / plain.passes - bare, 0.0), MOST_OWN_WORK * bare)
+
+
+def _besides(result: Result) -> float:
+    """Seconds of decoding that no pass took."""
+    return max(result.decode_s - sum(level.time_s for level in result.levels), 0.0)

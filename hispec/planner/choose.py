@@ -1,0 +1,113 @@
+"""From a calibration to hierarchies worth measuring, the best expected one first.
+
+Chains of strict exits are searched as a shortest path. What has no closed form, databases' trees
+and exits that rank them, is a handful of shapes, each replayed on the calibration's answers. The
+best of both are forecast by the same replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from hispec.hierarchy import AR, HD, MAX_WIDTH, Hierarchy, Level
+from hispec.planner.calibrate import Calibration
+from hispec.planner.replay import Replayed
+from hispec.planner.shortest_path import Chain, Route, shortest
+
+if TYPE_CHECKING:
+    from hispec.generation import LM
+
+#: Nodes of the databases' trees that are tried besides the preset's.
+NODES = (4, 8, 16, 24)
+#: Windows of an exit that ranks.
+RANKING_WINDOWS = (1, 2, 4)
+#: The longest window of a strict exit.
+MAX_WINDOW = 8
+#: Chains that are forecast again by replay.
+CHAINS = 6
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A hierarchy and what it is expected to do.
+
+    Attributes:
+        hierarchy: with a name of its own.
+        done: its replay.
+        speedup: expected, over plain decoding.
+    """
+
+    hierarchy: Hierarchy
+    done: Replayed
+    speedup: float
+
+
+def candidates(lm: LM, calibration: Calibration, exits: Sequence[int]) -> list[Candidate]:
+    """Returns hierarchies with their forecasts, the best first; plain decoding is among them.
+
+    Args:
+        lm: the model.
+        calibration: of this model and machine.
+        exits: layers that may be used, ascending.
+    """
+    plain = calibration.replay(lm, AR).latency_s
+
+    def forecast(hierarchy: Hierarchy) -> Candidate:
+        done = calibration.replay(lm, hierarchy)
+        return Candidate(hierarchy, done, plain / done.latency_s)
+
+    found = {shape.name: forecast(shape) for shape in shapes(lm, exits)}
+    options = [Route((), x.done.latency_s, x.hierarchy.name) for x in found.values()]
+    names = [f"exit {exit_layer}" for exit_layer in exits]
+    routes = shortest(
+        calibration.costs,
+        calibration.acceptance,
+        names,
+        max_window=MAX_WINDOW,
+        options=options,
+        keep=CHAINS + len(options) + 1,
+    )
+    for route in routes:
+        chain = of_chain(route.chain) if route.chain else None
+        if chain and chain.name not in found:
+            found[chain.name] = forecast(chain)
+    return sorted(found.values(), key=lambda candidate: -candidate.speedup)
+
+
+def shapes(lm: LM, exits: Sequence[int]) -> list[Hierarchy]:
+    """Returns plain decoding, the presets, and the trees and ranking exits that are tried."""
+    found = {"ar": AR}
+    for name in ("layerskip", "hispec", "hd"):
+        preset = lm.hierarchy(name)
+        if set(preset.exit_layers) <= set(exits):
+            found[name] = replace(preset, name=name)
+    best = (lm.exits.best.get("auto") if lm.exits else None) or HD
+    sources = best.sources or HD.sources
+    for nodes in NODES:
+        found[f"tree{nodes}"] = Hierarchy((), f"tree{nodes}", sources, nodes)
+    found["chain8"] = Hierarchy((), "chain8", sources, 8, branches=False)
+    for exit_layer in exits:
+        for window in RANKING_WINDOWS:
+            name = f"tree12+{exit_layer}x{window}"
+            levels = (Level(exit_layer, window, ranks=True),)
+            found[name] = Hierarchy(levels, name, sources, 12)
+    return list(found.values())
+
+
+def of_chain(chain: Chain) -> Hierarchy | None:
+    """Returns the hierarchy of a chain of strict exits, None if no pass can hold its windows."""
+    if sum(window for _, window in chain) > MAX_WIDTH - 1:
+        return None
+    levels = tuple(Level(int(name.removeprefix("exit ")), window) for name, window in chain)
+    return Hierarchy(levels, "-".join(f"{level.exit_layer}x{level.window}" for level in levels))
+
+
+def finalists(found: Sequence[Candidate], count: int = 3) -> list[Candidate]:
+    """Returns what is worth measuring: the best few, the best without databases, the presets."""
+    best = list(found[:count])
+    best += [x for x in found if x.hierarchy.levels and not x.hierarchy.sources][:1]
+    best += [x for x in found if x.hierarchy.name in ("layerskip", "hispec", "hd")]
+    kept = {x.hierarchy.name: x for x in best if x.hierarchy.name != "ar"}
+    return sorted(kept.values(), key=lambda candidate: -candidate.speedup)

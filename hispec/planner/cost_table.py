@@ -1,0 +1,136 @@
+"""What passes cost, as a table: seconds by layers, rows and head.
+
+A pass of a level runs the layers that its rows lack, then its head:
+
+    c(i → j, n rows) = call(n) + (j − i) · layer(n) + head_j(n)
+
+``call`` is what any run of layers costs however short. The newest row of a pass has seen no layer
+at all: it is lifted, alone, through those below. A separate model shares nothing and costs what a
+whole pass of its own does.
+
+Nothing here runs a model: :mod:`hispec.planner.costs` fills such a table by measuring,
+:mod:`hispec.planner.devices` from sizes and bandwidths of machines that are not at hand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+from hispec.hierarchy import MAX_WIDTH
+
+#: The name of the last node, which has all layers.
+TARGET = "target"
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Seconds of passes of one model, its exits and what else drafts for it.
+
+    Attributes:
+        depths: layers below each exit and the target, by name; ascending.
+        call_s: (MAX_WIDTH + 1,) of a run of layers, whatever their number, by rows.
+        layer_s: (MAX_WIDTH + 1,) of one layer.
+        heads_s: of each exit's head and the target's, picks included, by rows.
+        round_s: of what each exit's head does once for a root, before its first logits.
+        models_s: of a whole pass of each separate model, by rows.
+        step_s: of the engine's own work in a level's step.
+        ask_s: of asking the databases once and teaching them what came of it.
+        spread: how far measurements scattered: the median's distance from the least, relative.
+        context: positions before the passes that were measured.
+    """
+
+    depths: Mapping[str, int]
+    call_s: Sequence[float]
+    layer_s: Sequence[float]
+    heads_s: Mapping[str, Sequence[float]]
+    round_s: Mapping[str, float] = field(default_factory=dict)
+    models_s: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    step_s: float = 0.0
+    ask_s: float = 0.0
+    spread: float = 0.0
+    context: int = 0
+
+    def layers_s(self, lower: int, upper: int, rows: float) -> float:
+        """Returns the time of ``layers[lower:upper]`` over so many rows."""
+        if lower == upper:
+            return 0.0
+        return at(self.call_s, rows) + (upper - lower) * at(self.layer_s, rows)
+
+    def pass_s(self, name: str, known: int, rows: float, lifted: float = 1.0) -> float:
+        """Returns the time of a level's step, drafting below it not included.
+
+        Args:
+            name: an exit, a separate model or ``target``.
+            known: layers whose states the rows have from the exit below; 0 if there is none.
+            rows: of the pass, may be an average.
+            lifted: how many of them have seen no layer yet where others have.
+        """
+        if name in self.models_s:
+            return at(self.models_s[name], rows) + self.step_s
+        depth = self.depths[name]
+        below = lifted * self.layers_s(0, known, 1)
+        return (
+            below + self.layers_s(known, depth, rows) + at(self.heads_s[name], rows) + (self.step_s)
+        )
+
+    @property
+    def plain_s(self) -> float:
+        """Seconds a token of plain decoding."""
+        return self.pass_s(TARGET, 0, 1)
+
+    def relative(self) -> list[float]:
+        """Returns the target's passes by rows, relative to one row; never falling, 0 for none."""
+        costs, least = [0.0], 0.0
+        for rows in range(1, MAX_WIDTH + 1):
+            least = max(least, self.pass_s(TARGET, 0, rows))
+            costs.append(least)
+        return [cost / costs[1] for cost in costs]
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns what :meth:`from_json` reads."""
+        return {
+            "depths": dict(self.depths),
+            "call_s": list(self.call_s),
+            "layer_s": list(self.layer_s),
+            "heads_s": {name: list(row) for name, row in self.heads_s.items()},
+            "round_s": dict(self.round_s),
+            "models_s": {name: list(row) for name, row in self.models_s.items()},
+            "step_s": self.step_s,
+            "ask_s": self.ask_s,
+            "spread": self.spread,
+            "context": self.context,
+        }
+
+    @staticmethod
+    def from_json(document: Mapping[str, Any]) -> CostTable:
+        """Returns the table of a parsed JSON document."""
+        return CostTable(**document)
+
+
+def at(row: Sequence[float], rows: float) -> float:
+    """Returns a table's value at a number of rows, between its entries on a straight line."""
+    last = len(row) - 1
+    if rows >= last:
+        return row[last]
+    low = int(rows)
+    value = row[low]
+    return value if rows == low else value + (rows - low) * (row[low + 1] - value)
+
+
+def filled(times: Mapping[int, float]) -> list[float]:
+    """Returns ``MAX_WIDTH + 1`` values from some: straight lines between them, never falling.
+
+    Args:
+        times: by rows; holds 1 and ``MAX_WIDTH``.
+    """
+    points, least = [], 0.0
+    for rows in sorted(times):
+        least = max(least, times[rows])
+        points.append((rows, least))
+    values = [0.0, points[0][1]]
+    for (low, a), (high, b) in pairwise(points):
+        values += [a + (b - a) * (rows - low) / (high - low) for rows in range(low + 1, high + 1)]
+    return values

@@ -1,0 +1,118 @@
+"""What passes cost while a text is written: a table at first, refined by the passes themselves.
+
+A table measured beforehand is right for the context it was measured at and for the machine as it
+was then. Both change: attention makes a row dearer the longer the text is, and a neighbour who
+takes half of the memory's bandwidth makes it cheaper beside the weights. So every pass is timed,
+which costs nothing, and between texts two numbers are fitted: the time u of a pass over one row,
+and s, by how much rows are dearer than the table says.
+
+    seconds(w) = u · (1 + s · (table[w] − 1))
+
+Passes of earlier texts fade. A pass that takes several times as long as expected was interrupted,
+and counts as if it had not been; a text's first ones, which catch up on its prompt, do not count at
+all. While a text is written prices stand still.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+#: What is counted fades: after so many passes it weighs 1/e.
+MEMORY = 1000.0
+#: What the table counts for, in passes.
+TRUSTED = 50.0
+#: A pass that takes so many times the time expected was interrupted.
+INTERRUPTED = 3.0
+#: Bounds of s.
+LEAST, MOST = 0.25, 4.0
+
+
+class Prices:
+    """Relative times of passes, by rows and by exit.
+
+    Args:
+        table: relative time of a target's pass by width, ``table[w]`` for 0 … MAX_WIDTH.
+        levels: relative time of a pass of each exit, by name.
+        slope: s to start with.
+        save: is told s after every text.
+
+    Attributes:
+        costs: the table as it has proved to be.
+        levels: likewise.
+        slope: s.
+    """
+
+    def __init__(
+        self,
+        table: Sequence[float],
+        levels: Mapping[str, float],
+        slope: float = 1.0,
+        save: Callable[[float], object] = lambda slope: None,
+    ) -> None:
+        self._table = list(table)
+        self._save = save
+        self._known = slope
+        self._start: dict[str, float] = {}
+        self.costs: list[float] = []
+        self.levels: dict[str, float] = {}
+        self.add(levels)
+        # Σ 1, Σ x, Σ x², Σ t, Σ x t over passes, x = table[w] − 1; and Σ t, Σ 1 by exit.
+        self._sums = [0.0] * 5
+        self._level_sums: dict[str, list[float]] = {}
+        self._set(slope)
+
+    def add(self, levels: Mapping[str, float]) -> None:
+        """Makes exits known; those that are keep their times."""
+        for name, cost in levels.items():
+            if name not in self._start:
+                self._start[name] = self.levels[name] = cost
+
+    def took(self, rows: int, seconds: float) -> None:
+        """Counts a target's pass."""
+        x = self._table[min(rows, len(self._table) - 1)] - 1.0
+        count, _, _, total, _ = self._sums
+        unit = total / (count + self.slope * self._sums[1]) if count else seconds
+        expected = unit * (1.0 + self.slope * x)
+        if count and seconds > INTERRUPTED * expected:
+            seconds = expected
+        fade = 1.0 - 1.0 / MEMORY
+        for i, value in enumerate((1.0, x, x * x, seconds, x * seconds)):
+            self._sums[i] = self._sums[i] * fade + value
+
+    def level_took(self, name: str, seconds: float) -> None:
+        """Counts an exit's pass, its head included; one that has no price is left out."""
+        if name not in self._start:
+            return
+        sums = self._level_sums.setdefault(name, [0.0, 0.0])
+        if sums[1] and seconds > INTERRUPTED * sums[0] / sums[1]:
+            return
+        fade = 1.0 - 1.0 / MEMORY
+        sums[0] = sums[0] * fade + seconds
+        sums[1] = sums[1] * fade + 1.0
+
+    def refine(self) -> None:
+        """Fits the prices to what was counted; for between texts."""
+        count, x, xx, t, xt = self._sums
+        if count < 1.0:
+            return
+        # What was known before, as passes of its own at both ends of a usual tree.
+        known, end = self._known, self._table[len(self._table) // 4] - 1.0
+        unit, half = t / (count + known * x), TRUSTED / 2
+        far = unit * (1.0 + known * end)
+        count, x, xx = count + TRUSTED, x + half * end, xx + half * end * end
+        t, xt = t + half * (unit + far), xt + half * end * far
+        spread = count * xx - x * x
+        slope = (count * xt - x * t) / spread if spread > 0 else 0.0
+        one = max((t - slope * x) / count, 0.1 * unit)
+        self._set(min(max(slope / one, LEAST), MOST) if spread > 0 else self.slope)
+        for name, (total, runs) in self._level_sums.items():
+            start = self._start[name] * one
+            self.levels[name] = (total + TRUSTED * start) / (runs + TRUSTED) / one
+        self._save(self.slope)
+
+    def _set(self, slope: float) -> None:
+        self.slope = slope
+        if not self.costs:
+            self.costs = list(self._table)
+        # In place: whoever decides by them holds this list.
+        self.costs[1:] = [1.0 + slope * (cost - 1.0) for cost in self._table[1:]]

@@ -1,0 +1,125 @@
+"""The databases of one loaded model, opened when a hierarchy first names them.
+
+There are two sets. The living one learns from text to text and keeps the user's history file. The
+fresh one starts every text as it was delivered, so that what it does depends on nothing before:
+benchmarks take it, and nothing they run is learnt from.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hispec.drafter import Drafter
+from hispec.hierarchy import SOURCES, Hierarchy, Level
+from hispec.odds import Odds
+from hispec.planner.costs import (
+    keep_price_slope,
+    level_cost,
+    model_cost,
+    pass_costs,
+    price_slope,
+)
+from hispec.planner.prices import Prices
+from hispec.sources import Source
+from hispec.sources.context import Context
+from hispec.sources.corpus import Corpus
+from hispec.sources.fingerprint import DatabaseError, fingerprint
+from hispec.sources.history import History
+from hispec.sources.history_file import default_path
+from hispec.sources.recycle import Recycle
+from hispec.sources.store import Store
+
+if TYPE_CHECKING:
+    from hispec.generation import LM
+
+
+class Shelf:
+    """Keeps a model's sources, their odds and what a pass costs, from text to text.
+
+    Args:
+        lm: the model.
+        corpus: a store that ``hispec ngrams build`` wrote; without one there is no such source.
+
+    Raises:
+        DatabaseError: the store is none, is damaged, or belongs to another tokenizer.
+    """
+
+    def __init__(self, lm: LM, corpus: Path | None = None) -> None:
+        self._lm = lm
+        self._corpus = Store(corpus, fingerprint(lm.tokenizer)) if corpus else None
+        self._sources: dict[tuple[str, bool], Source | None] = {}
+        self._odds = Odds()
+        self._prices: Prices | None = None  # of the living set
+        self._table: list[float] = []
+        self._level_costs: dict[str, float] = {}
+
+    def drafter(self, hierarchy: Hierarchy, *, learn: bool = True) -> Drafter | None:
+        """Returns what drafts for a hierarchy; see :meth:`LM.drafter`."""
+        budgets = dict(hierarchy.sources) if hierarchy.nodes else {}
+        sources = [
+            found
+            for name in SOURCES
+            if budgets.get(name, 0) > 0 and (found := self._source(name, learn)) is not None
+        ]
+        adaptive = [level for level in hierarchy.levels if level.ranks or level.adaptive]
+        if not sources and not adaptive:
+            return None
+        costs = {level.name: self._level_cost(level) for level in adaptive}
+        if self._prices is None:
+            self._table = pass_costs(self._lm.model)
+            keep = partial(keep_price_slope, self._lm.model)
+            self._prices = Prices(self._table, {}, price_slope(self._lm.model), keep)
+        if not learn:
+            for source in sources:
+                source.reset()
+            return Drafter(sources, hierarchy, Prices(self._table, costs), Odds())
+        self._prices.add(costs)
+        return Drafter(sources, hierarchy, self._prices, self._odds)
+
+    def _level_cost(self, level: Level) -> float:
+        lm, name = self._lm, level.name
+        if name not in self._level_costs:
+            if level.model:
+                cost = model_cost(lm.model, lm.separate(level.model).model)
+            else:
+                cost = level_cost(lm.model, lm.head(level.exit_layer), level.exit_layer)
+            self._level_costs[name] = cost
+        return self._level_costs[name]
+
+    def _source(self, name: str, learn: bool) -> Source | None:
+        if (name, learn) not in self._sources:
+            self._sources[name, learn] = self._open(name, learn)
+        return self._sources[name, learn]
+
+    def _open(self, name: str, learn: bool) -> Source | None:
+        lm, vocab_size = self._lm, self._lm.model.config.vocab_size
+        if name == "context":
+            return Context()
+        if name == "recycle":
+            return Recycle(vocab_size)
+        tokenizer = fingerprint(lm.tokenizer)
+        if name == "corpus":
+            return Corpus(self._corpus, vocab_size) if self._corpus else None
+        base = shipped_history(tokenizer)
+        if not learn:
+            return History(None, tokenizer, vocab_size, base=base)
+        path = default_path(lm.checkpoint.fingerprint)
+        kept = History(path, tokenizer, vocab_size, base=base)
+        try:
+            kept.begin(())  # reads the file
+        except DatabaseError as error:
+            print(f"{error} Drafting goes on without it.", file=sys.stderr)
+            return History(None, tokenizer, vocab_size, base=base)
+        return kept
+
+
+def shipped_history(tokenizer: str) -> Store | None:
+    """Returns the answers counted beforehand that come with hispec for a tokenizer, or None."""
+    for path in sorted((Path(__file__).parent / "databases").glob("*/history.bin")):
+        store = Store(path)
+        if store.facts.get("tokenizer") == tokenizer:
+            return store
+    return None

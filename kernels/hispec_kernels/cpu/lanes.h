@@ -1,0 +1,55 @@
+/* Vectors of 16 words, GCC's and Clang's own: any CPU they compile for has them. */
+#pragma once
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+
+typedef float vf __attribute__((vector_size(64)));
+typedef int32_t vi __attribute__((vector_size(64)));
+typedef uint32_t vu __attribute__((vector_size(64)));
+typedef float vf8 __attribute__((vector_size(32)));
+typedef float vf4 __attribute__((vector_size(16)));
+
+static inline float lanes_sum(vf v) {
+  vf8 a, b;
+  memcpy(&a, &v, 32);
+  memcpy(&b, (const char *)&v + 32, 32);
+  a += b;
+  vf4 c, d;
+  memcpy(&c, &a, 16);
+  memcpy(&d, (const char *)&a + 16, 16);
+  c += d;
+  return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+static inline vf splat(float x) { return x - (vf){0}; }
+
+static inline vf larger(vf a, vf b) {
+  const vi first = a > b;
+  return (vf)(((vi)a & first) | ((vi)b & ~first));
+}
+
+/* exp for arguments <= 0 (to 2 ulp; below -87 it is 0): Cephes' polynomial. */
+static inline vf exp_nonpositive(vf x) {
+  const vi dead = x < -87.0f;
+  x = (vf)((vi)x & ~dead);
+  const vf shifted = x * 1.44269504f + 12582912.0f; /* rounds to an integer in the low bits */
+  const vf n = shifted - 12582912.0f;
+  vf r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  vf p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const vi bits = (vi)p + (((vi)shifted) << 23);
+  return (vf)(bits & ~dead);
+}
+
+/* picks.c's */
+void top_k(const float *x, int64_t rows, int64_t n, int64_t k, float *values, int64_t *columns,
+           float *scratch, int threads);
+void log_sum_exp(const float *x, int64_t rows, int64_t n, float temperature, float *out, int threads);

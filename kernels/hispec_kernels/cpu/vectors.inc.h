@@ -1,0 +1,226 @@
+/* Products and attention in vectors of 16 floats: fp32, and bf16 where nothing better is there. See
+   passes.inc.h.
+
+   A vector of 32-bit words holds an even bf16 in its low half and an odd one in its high half. What
+   is multiplied with such vectors is kept "split": of every 32 values the 16 even ones, then the 16
+   odd ones; SPLIT_AT(k) is where value k lies. */
+
+#if BF16
+#define SPLIT_AT(k) (((k) & ~31) + (((k) & 1) << 4) + (((k) & 31) >> 1))
+#else
+#define SPLIT_AT(k) (k)
+#endif
+#define KEY_AT(p, d, dim) ((p) * (dim) + (d))
+#define VALUE_AT(p, d, dim) ((p) * (dim) + (d))
+
+typedef float NAME(operand);
+#define OPERAND_FLOATS(width, n) ((width) * (n))
+static inline void NAME(put)(NAME(operand) * x, int64_t n, int64_t t, int64_t k, float value) {
+  x[t * n + SPLIT_AT(k)] = value;
+}
+static inline void NAME(put_lanes)(NAME(operand) * x, int64_t n, int64_t t, int64_t k, vf values) {
+  for (int j = 0; j < LANES; j++) NAME(put)(x, n, t, k + j, values[j]);
+}
+
+static inline void NAME(load)(const STORE_T *p, vf *even, vf *odd) {
+#if BF16
+  vu u;
+  memcpy(&u, p, 64);
+  *even = (vf)(u << 16);
+  *odd = (vf)(u & 0xffff0000u);
+#else
+  memcpy(even, p, 64);
+  memcpy(odd, p + LANES, 64);
+#endif
+}
+
+#define ROWS_SHARED 4
+#define ROWS_ATTENDED(group) 1
+
+/* out[r][t] = row r of the weights times operand t, for 4 rows and T operands. */
+static inline __attribute__((always_inline)) void NAME(dots)(
+    const STORE_T *const w[4], const float *x, int64_t ldx, int64_t n, const int T, float out[4][4]) {
+  vf sum[4][4];
+  for (int r = 0; r < 4; r++)
+    for (int t = 0; t < T; t++) sum[r][t] = splat(0.0f);
+  for (int64_t k = 0; k < n; k += STEP) {
+    vf even[4], odd[4];
+    for (int r = 0; r < 4; r++) {
+      NAME(load)(w[r] + k, &even[r], &odd[r]);
+      /* Hardware prefetch stops at pages; 4 rows ahead is where this thread reads next. */
+      __builtin_prefetch((const char *)(w[r] + k + 4 * n), 0, 3);
+#if !BF16
+      __builtin_prefetch((const char *)(w[r] + k + 4 * n) + 64, 0, 3);
+#endif
+    }
+    for (int t = 0; t < T; t++) {
+      vf a, b;
+      memcpy(&a, x + t * ldx + k, 64);
+      memcpy(&b, x + t * ldx + k + LANES, 64);
+      for (int r = 0; r < 4; r++) {
+        sum[r][t] += even[r] * a;
+        sum[r][t] += odd[r] * b;
+      }
+    }
+  }
+  for (int r = 0; r < 4; r++)
+    for (int t = 0; t < T; t++) out[r][t] = lanes_sum(sum[r][t]);
+}
+
+/* Calls dots with T a constant, so that the sums stay in registers. */
+static inline void NAME(dots_any)(const STORE_T *const w[4], const float *x, int64_t ldx, int64_t n,
+                                  int T, float out[4][4]) {
+  switch (T) {
+    case 1: NAME(dots)(w, x, ldx, n, 1, out); break;
+    case 2: NAME(dots)(w, x, ldx, n, 2, out); break;
+    case 3: NAME(dots)(w, x, ldx, n, 3, out); break;
+    default: NAME(dots)(w, x, ldx, n, 4, out);
+  }
+}
+
+/* y[t][row] (+)= w[row] . x[t] + bias[row] for rows first..last-1 of `total` and all operands. */
+static void NAME(product)(const WEIGHT_T *w, const float *scale, const float *bias, int64_t first,
+                          int64_t last, int64_t total, int64_t n, const NAME(operand) * x,
+                          int64_t width, float *y, int add, const WEIGHT_T *then) {
+  (void)scale, (void)then;
+  for (int64_t row = first; row < last; row += 4) {
+    const STORE_T *rows[4];
+    for (int r = 0; r < 4; r++) rows[r] = w + (row + r < last ? row + r : last - 1) * n;
+    for (int64_t t = 0; t < width; t += 4) {
+      const int T = width - t < 4 ? (int)(width - t) : 4;
+      float out[4][4];
+      NAME(dots_any)(rows, x + t * n, n, n, T, out);
+      for (int r = 0; r < 4 && row + r < last; r++) {
+        const float b = bias ? bias[row + r] : 0.0f;
+        for (int u = 0; u < T; u++) {
+          float *cell = y + (t + u) * total + row + r;
+          *cell = (add ? *cell : 0.0f) + (out[r][u] + b);
+        }
+      }
+    }
+  }
+}
+
+/* Operand hidden: silu(gate_i . x[t]) * (up_i . x[t]) for i in first..last-1 of `total`. */
+static void NAME(gated)(const WEIGHT_T *w, const float *scale, const float *bias, int64_t first,
+                        int64_t last, int64_t total, int64_t n, const NAME(operand) * x,
+                        int64_t width, NAME(operand) * hidden, const WEIGHT_T *then) {
+  (void)scale, (void)then;
+  for (int64_t i = first; i < last; i += 2) {
+    const int64_t j = i + 1 < last ? i + 1 : i;
+    const STORE_T *rows[4] = {w + i * n, w + j * n, w + (total + i) * n, w + (total + j) * n};
+    for (int64_t t = 0; t < width; t += 4) {
+      const int T = width - t < 4 ? (int)(width - t) : 4;
+      float out[4][4];
+      NAME(dots_any)(rows, x + t * n, n, n, T, out);
+      for (int r = 0; r < 2 && i + r < last; r++) {
+        const float bg = bias ? bias[i + r] : 0.0f, bu = bias ? bias[total + i + r] : 0.0f;
+        for (int u = 0; u < T; u++)
+          NAME(put)(hidden, total, t + u, i + r, silu(splat(out[r][u] + bg))[0] * (out[r + 2][u] + bu));
+      }
+    }
+  }
+}
+
+/* Attention of new row t's query heads that share a KV head, over positions 0..position, written to
+   the operand mixed (of n values) from value `offset` on. From position `root` on they lie in the
+   slots root + path[0], root + path[1], ...; before it, and without a path, in slots of their number. */
+static inline __attribute__((always_inline)) void NAME(attend)(
+    const float *qkv, const float *cos, const float *sin, const STORE_T *keys, const STORE_T *values,
+    int64_t position, int64_t root, const int32_t *path, const int64_t group, int64_t dim, float scale,
+    NAME(operand) * mixed, int64_t n, int64_t t, int64_t offset) {
+  float q[MAX_GROUP][MAX_HEAD] __attribute__((aligned(64)));
+  float score[MAX_GROUP][SPLIT] __attribute__((aligned(64)));
+  float sum[MAX_GROUP][MAX_HEAD] __attribute__((aligned(64)));
+  float most[MAX_GROUP], weight[MAX_GROUP];
+  for (int64_t g = 0; g < group; g++) {
+    float turned[MAX_HEAD] __attribute__((aligned(64)));
+    turn(qkv + g * dim, cos, sin, dim, turned);
+    for (int64_t d = 0; d < dim; d++) q[g][SPLIT_AT(d)] = turned[d] * scale;
+    memset(sum[g], 0, dim * sizeof(float));
+    most[g] = -INFINITY;
+    weight[g] = 0.0f;
+  }
+  for (int64_t base = 0; base <= position; base += SPLIT) {
+    const int64_t count = position + 1 - base < SPLIT ? position + 1 - base : SPLIT;
+    int64_t at[SPLIT]; /* where each position's key and value begin */
+    for (int64_t p = 0; p < count; p++)
+      at[p] = (path && base + p >= root ? root + path[base + p - root] : base + p) * dim;
+    for (int64_t p = 0; p < count; p++) {
+      const STORE_T *key = keys + at[p];
+      vf dot[MAX_GROUP];
+      for (int64_t g = 0; g < group; g++) dot[g] = splat(0.0f);
+      for (int64_t k = 0; k < dim; k += STEP) {
+        vf even, odd;
+        NAME(load)(key + k, &even, &odd);
+        for (int64_t g = 0; g < group; g++) {
+          dot[g] += even * *(const vf *)(q[g] + k);
+          dot[g] += odd * *(const vf *)(q[g] + k + LANES);
+        }
+      }
+      for (int64_t g = 0; g < group; g++) score[g][p] = lanes_sum(dot[g]);
+    }
+    for (int64_t g = 0; g < group; g++) {
+      for (int64_t p = count; p < SPLIT; p++) score[g][p] = -INFINITY;
+      float top = most[g];
+      for (int64_t p = 0; p < count; p++) top = score[g][p] > top ? score[g][p] : top;
+      const float keep = most[g] == -INFINITY ? 0.0f : exp_nonpositive(splat(most[g] - top))[0];
+      most[g] = top;
+      vf total = splat(0.0f);
+      for (int64_t p = 0; p < SPLIT; p += LANES) {
+        vf e = exp_nonpositive(*(vf *)(score[g] + p) - top);
+        *(vf *)(score[g] + p) = e;
+        total += e;
+      }
+      weight[g] = weight[g] * keep + lanes_sum(total);
+      for (int64_t d = 0; d < dim; d += LANES) *(vf *)(sum[g] + d) *= keep;
+    }
+    for (int64_t k = 0; k < dim; k += STEP) {
+      vf a[MAX_GROUP], b[MAX_GROUP];
+      for (int64_t g = 0; g < group; g++) {
+        a[g] = *(vf *)(sum[g] + k);
+        b[g] = *(vf *)(sum[g] + k + LANES);
+      }
+      for (int64_t p = 0; p < count; p++) {
+        vf even, odd;
+        NAME(load)(values + at[p] + k, &even, &odd);
+        for (int64_t g = 0; g < group; g++) {
+          a[g] += even * score[g][p];
+          b[g] += odd * score[g][p];
+        }
+      }
+      for (int64_t g = 0; g < group; g++) {
+        *(vf *)(sum[g] + k) = a[g];
+        *(vf *)(sum[g] + k + LANES) = b[g];
+      }
+    }
+  }
+  for (int64_t g = 0; g < group; g++)
+    for (int64_t d = 0; d < dim; d++)
+      NAME(put)(mixed, n, t, offset + g * dim + d, sum[g][SPLIT_AT(d)] / weight[g]);
+}
+
+/* Calls attend, which takes one row, with the group a constant where it is a common one, so that sums
+   stay in registers. */
+static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, const float *sin,
+                             const STORE_T *keys, const STORE_T *values, int64_t slot,
+                             const nodes_t *nodes, int64_t rows, int64_t group, int64_t dim,
+                             float scale, int64_t head, NAME(operand) * mixed, int64_t n, int64_t t) {
+  const int64_t position = position_of(nodes, slot), root = nodes ? nodes->root : 0;
+  const int32_t *path = path_of(nodes, slot);
+  (void)ldq, (void)rows;
+#define ATTEND(G)                                                                                   \
+  NAME(attend)(qkv + head * group * dim, cos + position * dim, sin + position * dim, keys, values,  \
+               position, root, path, G, dim, scale, mixed, n, t, head * group * dim)
+  switch (group) {
+    case 1: ATTEND(1); break;
+    case 2: ATTEND(2); break;
+    case 3: ATTEND(3); break;
+    case 4: ATTEND(4); break;
+    case 8: ATTEND(8); break;
+    default: ATTEND(group);
+  }
+#undef ATTEND
+}
+
+#undef SPLIT_AT

@@ -1,0 +1,33 @@
+"""Where the rows of a pass stand, as kernels read it: one small int32 array on the device.
+
+    [0] slot      of the first row; row r is in slot + r
+    [1] width     real rows
+    [2] root      slot and position of the tree's root; ``STRAIGHT`` where slots are positions
+    [4 …]         depths: (32,) steps below the root, by node
+    [36 …]        paths: (32, 32), the ancestor of a node at a depth; see hispec.model.nodes
+
+The host fills it before a pass, so a captured graph runs at any place and on any tree.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+#: Nodes of a tree, and rows of a pass, at most.
+NODES = 32
+DEPTHS = 4
+PATHS = DEPTHS + NODES
+LENGTH = PATHS + NODES * NODES
+#: A root behind all slots: no row is on a tree.
+STRAIGHT = 1 << 30
+
+
+@triton.jit
+def positions(plan_ptr, row, mask):
+    """Returns the positions of rows."""
+    slot = tl.load(plan_ptr) + row
+    root = tl.load(plan_ptr + 2)
+    node = slot - root
+    depth = tl.load(plan_ptr + 4 + node, mask=mask & (node >= 0), other=0)
+    return tl.where(node < 0, slot, root + depth)

@@ -1,0 +1,273 @@
+"""What the GPU path is worth: right first, then fast, against what the memory allows.
+
+    python scripts/bench_gpu.py --model smollm2-135m --out gpu            # all stages
+    python scripts/bench_gpu.py --only kernels,ar --shapes 8B --out gpu
+
+Stages, each a few minutes, each its own process-sized piece of work:
+
+    kernels   every kernel against fp64 on fresh inputs, outputs poisoned; then its time over the
+              bytes it must move at the measured copy bandwidth, torch.mm beside it, other tilings
+    ar        plain decoding of Llama shapes with random weights over the same floor
+    spec      our methods on the model and its exits: tokens compared with plain decoding's
+    peers     transformers: generate, with a static (compiled) cache, early exit, prompt lookup
+    shapes    passes by range and width, and what hierarchies yield on them at given acceptance
+
+Prints tables; --out takes one JSON object a row, the machine first. --tiny shows on any machine
+that it works: seconds, in Triton's interpreter where TRITON_INTERPRET=1 is set, no number of worth.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hispec.bench import gpu_shapes
+from hispec.bench.gpu_kernels import Cases, measure, tilings
+from hispec.bench.gpu_timing import copy_gb_per_s
+from hispec.bench.prompts import load_prompts
+from hispec.bench.provenance import _commit, collect, cpu_name
+from hispec.errors import HispecError, UsageError
+from hispec.generation import LM
+from hispec.loading import load
+from hispec.model.device import choose, dtype_name
+from hispec_kernels import gpu
+
+Row = dict[str, Any]
+OURS = ("layerskip", "hispec", "hd", "auto")
+
+
+class Bench:
+    """One run: its options, the machine's ceiling and where rows go."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        choice = choose(args.device, args.dtype)
+        self.device, self.dtype = choice.device, choice.dtype
+        self.ceiling = copy_gb_per_s(self.device, 8 if args.tiny else 2048)
+        self.repeats = 1 if args.tiny else 30
+        self._lms: dict[str, LM] = {}
+        self.write({"stage": "machine", **self.machine()})
+
+    def machine(self) -> Row:
+        """Returns what the numbers were measured on."""
+        cuda = self.device.type == "cuda"
+        return {
+            "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": " ".join(sys.argv),
+            "commit": _commit(),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if cuda else cpu_name(),
+            "cuda": torch.version.cuda,
+            "dtype": dtype_name(self.dtype),
+            "copy_gb_per_s": self.ceiling,
+            "kernels": gpu.why_not(self.device) or "triton",
+        }
+
+    def write(self, row: Row) -> None:
+        """Appends a row to --out."""
+        if self.args.out:
+            with open(self.args.out, "a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    def lm(self, dtype: str) -> LM:
+        """Returns the model in a dtype, loaded once."""
+        if dtype not in self._lms:
+            self._lms[dtype] = load(
+                self.args.model, exits=self.args.exits, dtype=dtype, device=self.device.type
+            )
+            self.write({"stage": "model", **collect(self._lms[dtype])})
+        return self._lms[dtype]
+
+    def shapes(self) -> list[str]:
+        """Returns the shapes asked for."""
+        return ["tiny"] if self.args.tiny else self.args.shapes.split(",")
+
+
+def kernels(bench: Bench) -> Iterator[Row]:
+    """Every kernel at every shape and width."""
+    if why := gpu.why_not(bench.device):
+        print(f"kernels: left out, {why}", file=sys.stderr)
+        return
+    dtype = torch.float32 if bench.args.tiny else bench.dtype  # bf16 is wrong in the interpreter
+    for name in bench.shapes():
+        for width in (3,) if bench.args.tiny else (1, 8, 16, 32):
+            context = 130 if bench.args.tiny else 1024
+            config = gpu_shapes.shape(name, context + 64)
+            cases = Cases(config, width, context, dtype, bench.device)
+            for kernel, make in cases.all():
+                row = measure(make, dtype, bench.ceiling)
+                yield {"shape": name, "width": width, "kernel": kernel, **row}
+                torch.cuda.empty_cache()
+            if bench.args.tilings and width == 1 and bench.device.type == "cuda":
+                for row in tilings(cases, bench.ceiling):
+                    yield {"shape": name, "width": width, **row}
+
+
+def ar(bench: Bench) -> Iterator[Row]:
+    """Plain decoding of random shapes."""
+    for name in bench.shapes():
+        context = 20 if bench.args.tiny else 512
+        with torch.inference_mode():
+            model = gpu_shapes.random_llama(name, _real(bench), bench.device, context + 512)
+            yield gpu_shapes.plain_row(name, model, context, bench.repeats, bench.ceiling)
+            del model
+        torch.cuda.empty_cache()
+
+
+def shapes(bench: Bench) -> Iterator[Row]:
+    """The planner's curve on real costs."""
+    for name in bench.shapes():
+        context = 20 if bench.args.tiny else 512
+        with torch.inference_mode():
+            model = gpu_shapes.random_llama(name, _real(bench), bench.device, context + 512)
+            yield from gpu_shapes.curve_rows(name, model, context, bench.repeats)
+            del model
+        torch.cuda.empty_cache()
+
+
+def _real(bench: Bench) -> torch.dtype:
+    return torch.float32 if bench.args.tiny else bench.dtype
+
+
+def spec(bench: Bench) -> Iterator[Row]:
+    """Our methods, in every dtype this device is fast at."""
+    dtypes = ["fp32"] if bench.device.type == "cpu" else ["bf16", "fp16"]
+    for dtype in dtypes:
+        yield from compare(bench, dtype, OURS[:2] if bench.args.tiny else OURS)
+
+
+def peers(bench: Bench) -> Iterator[Row]:
+    """transformers' methods beside plain decoding."""
+    names: Sequence[str] = ("hf", "hf-static", "hf-early-exit", "hf-prompt-lookup")
+    if bench.args.tiny:
+        names = ("hf", "hf-prompt-lookup")
+    yield from compare(bench, "fp32" if bench.args.tiny else dtype_name(bench.dtype), names)
+
+
+def compare(bench: Bench, dtype: str, names: Sequence[str]) -> Iterator[Row]:
+    """Every prompt by plain decoding and by each method, in turn; ids against plain decoding's."""
+    from hispec.bench.baselines import HF, HFModel
+    from hispec.bench.methods import Question
+    from hispec.bench.roster import build
+
+    lm = bench.lm(dtype)
+    _, methods = build(lm, [name for name in names if name != "hf-static"])
+    if "hf-static" in names:
+        static = {"cache_implementation": "static"}  # for which transformers compiles the pass
+        methods.append(HF(HFModel(lm), "hf-static", static))
+    prompts = load_prompts(bench.args.prompts, 1 if bench.args.tiny else bench.args.limit).prompts
+    limit = 4 if bench.args.tiny else bench.args.max_new_tokens
+    totals: dict[str, Row] = {}
+    if bench.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    for number, prompt in enumerate(prompts):
+        question = Question(lm.encode(prompt.chat(0, [])), limit)
+        wanted: list[int] = []
+        for method in methods:
+            if number == 0:
+                method(Question(question.ids, limit))  # warms up: compiles and captures
+            outcome = method(question)
+            wanted = wanted or outcome.token_ids
+            total = totals.setdefault(
+                method.name,
+                dict.fromkeys(("prompts", "tokens", "passes", "differ", "decode_s", "ttft_s"), 0),
+            )
+            total["prompts"] += 1
+            total["tokens"] += len(outcome.token_ids) - outcome.first
+            total["passes"] += outcome.passes
+            total["differ"] += outcome.token_ids != wanted
+            total["decode_s"] += outcome.decode_s
+            total["ttft_s"] += outcome.prefill_s
+    memory = torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
+    plain = totals["ar"]["decode_s"] / max(totals["ar"]["tokens"], 1)
+    for name, total in totals.items():
+        each = total["decode_s"] / max(total["tokens"], 1)
+        yield {
+            "method": name,
+            "dtype": dtype,
+            **total,
+            "ttft_s": total["ttft_s"] / total["prompts"],
+            "tok_per_s": 1 / each if each else None,
+            "speedup": plain / each if each else None,
+            "memory_gib": memory,
+        }
+
+
+STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
+    "kernels": kernels,
+    "ar": ar,
+    "spec": spec,
+    "peers": peers,
+    "shapes": shapes,
+}
+
+
+def table(rows: list[Row]) -> str:
+    """Returns rows as aligned columns."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [columns, *([_cell(row.get(name)) for name in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True))
+        for line in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default=",".join(STAGES), metavar="STAGES")
+    parser.add_argument("--model", default="smollm2-135m", metavar="M")
+    parser.add_argument("--exits", metavar="DIR")
+    parser.add_argument("--shapes", default="135M,1B,8B", metavar="LIST", help="also 70B")
+    parser.add_argument("--prompts", default="builtin", metavar="FILE")
+    parser.add_argument("--limit", type=int, default=12, metavar="K")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--dtype", default="auto", metavar="auto|bf16|fp16|fp32")
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    parser.add_argument("--tilings", action="store_true", help="time products cut in other ways")
+    parser.add_argument("--tiny", action="store_true", help="sizes that show that it works")
+    parser.add_argument("--out", type=Path, metavar="FILE.jsonl")
+    args = parser.parse_args(arguments)
+    try:
+        stages = args.only.split(",")
+        unknown = next((name for name in stages if name not in STAGES), None)
+        if unknown:
+            raise UsageError(f"unknown stage {unknown!r}. Known: {', '.join(STAGES)}.")
+        wrong = next((x for x in args.shapes.split(",") if x not in gpu_shapes.SHAPES), None)
+        if wrong:
+            raise UsageError(f"unknown shape {wrong!r}. Known: {', '.join(gpu_shapes.SHAPES)}.")
+        bench = Bench(args)
+        print(f"{bench.machine()['device']}: a copy moves {bench.ceiling:.0f} GB/s", flush=True)
+        failed = False
+        for stage in stages:
+            started, rows = time.perf_counter(), []
+            with torch.inference_mode():
+                for row in STAGES[stage](bench):
+                    bench.write({"stage": stage, **row})
+                    failed |= row.get("right") is False
+                    rows.append(row)
+            print(f"\n{stage} ({time.perf_counter() - started:.0f} s)")
+            print(table(rows) if rows else "nothing", flush=True)
+        return int(failed)
+    except HispecError as error:
+        print(f"bench_gpu: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

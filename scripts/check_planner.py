@@ -1,0 +1,210 @@
+#!/usr/bin/env python3
+"""Forecasts beside measurements: is the planner right?
+
+    scripts/check_planner.py --model smollm2-135m --prompts question.jsonl --limit 60 --out check
+    scripts/check_planner.py --model smollm2-135m --synthetic --out check
+
+The first calibrates on every other prompt, forecasts the presets, what the planner would run, and
+the best hierarchies of one and of several levels, and measures all of them on the other prompts.
+The second lets exits agree as often as chosen (hispec/planner/synthetic.py) and compares tokens a
+pass, passes of every level and time with the simulator: the cost model apart from the exits. Both
+print a table and write rows.jsonl, one object a hierarchy, with what they were measured on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hispec.advice import chain_of
+from hispec.bench.prompts import load_prompts
+from hispec.bench.provenance import collect
+from hispec.bench.report import write_report
+from hispec.bench.roster import engines
+from hispec.bench.run import Plan
+from hispec.bench.sweep import default_exits
+from hispec.commands.bench import execute
+from hispec.commands.plan import calibrated, halves, settled
+from hispec.errors import HispecError
+from hispec.generation import LM
+from hispec.hierarchy import AR, Hierarchy, Level
+from hispec.loading import load
+from hispec.planner.calibrate import own_work_s
+from hispec.planner.choose import Candidate, candidates, finalists
+from hispec.planner.costs import cost_table
+from hispec.planner.simulator import forecast
+from hispec.planner.synthetic import Script, scripted
+
+#: What must be forecast within a tenth.
+PRESETS = ("auto", "hd", "layerskip", "hispec")
+#: Synthetic exits' rates: of each to agree with the next, where the one below agrees and where not.
+SYNTHETIC = (
+    ((4, 2), ((0.6, 0.6),)),
+    ((4, 4), ((0.85, 0.85),)),
+    ((8, 3), ((0.75, 0.75),)),
+    ((4, 2, 8, 4), ((0.7, 0.7), (0.8, 0.6))),
+    ((4, 1, 8, 2), ((0.8, 0.8), (0.9, 0.5))),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one of the two checks; returns 1 if a forecast is off by more than it may be."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", default="smollm2-135m", metavar="M")
+    parser.add_argument("--exits", metavar="DIR")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--prompts", default="builtin", metavar="FILE")
+    parser.add_argument("--limit", type=int, metavar="K")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--repeats", type=int, default=3, metavar="R")
+    parser.add_argument("--synthetic", action="store_true", help="chosen acceptance instead")
+    parser.add_argument("--tokens", type=int, default=500, metavar="N", help="of synthetic runs")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    args = parser.parse_args(arguments)
+    try:
+        lm = load(args.model, exits=args.exits, dtype=args.dtype)
+        rows = synthetic(lm, args) if args.synthetic else real(lm, args)
+    except HispecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = "synthetic" if args.synthetic else "rows"
+    lines = [json.dumps(row) + "\n" for row in rows]
+    (args.out / f"{name}.jsonl").write_text("".join(lines))
+    (args.out / f"{name}-provenance.json").write_text(json.dumps(collect(lm), indent=1) + "\n")
+    show(rows)
+    bound = 0.05 if args.synthetic else 0.1
+    return int(any(abs(row["error"]) > bound for row in rows if row["counts"]))
+
+
+def real(lm: LM, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns forecasts on half of the prompts and measurements on the other."""
+    args.raw = False
+    first, second = halves(load_prompts(args.prompts, args.limit))
+    exits = default_exits(lm.model.config.num_layers, lm.exits.exit_layers if lm.exits else ())
+    calibration = calibrated(lm, first.prompts, exits, args)
+    found = candidates(lm, calibration, exits)
+    plain = calibration.replay(lm, AR).latency_s
+    presets = []
+    for name in PRESETS:
+        hierarchy = replace(lm.hierarchy(name), name=name)
+        done = calibration.replay(lm, hierarchy)
+        presets.append(Candidate(hierarchy, done, plain / done.latency_s))
+    chains = [x for x in found if x.hierarchy.levels and not x.hierarchy.sources]
+    single = [x for x in chains if len(x.hierarchy.levels) == 1][:1]
+    several = [x for x in chains if len(x.hierarchy.levels) > 1][:1]
+    chosen = {x.hierarchy.name: x for x in [*presets, *finalists(found), *single, *several]}
+    hierarchies = {name: candidate.hierarchy for name, candidate in chosen.items()}
+    settings = Plan(second, args.max_new_tokens, args.repeats)
+    folder = execute(settings, args.out / "measured", *engines(lm, hierarchies))
+    methods = write_report(folder)["methods"]
+    rows = []
+    for name, candidate in chosen.items():
+        entry = methods[name]
+        rows.append(
+            {
+                "name": name,
+                "hierarchy": candidate.hierarchy.to_json(),
+                "counts": name in PRESETS,
+                "predicted": candidate.speedup,
+                "measured": entry["speedup"],
+                "low": entry["speedup_low"],
+                "high": entry["speedup_high"],
+                "error": candidate.speedup / entry["speedup"] - 1,
+                "predicted_tokens_per_pass": candidate.done.tokens_per_pass,
+                "tokens_per_pass": entry["block_efficiency"],
+                "one_level": candidate in single,
+                "levels": candidate in several,
+                "mismatched_prompts": entry["mismatched_prompts"],
+            }
+        )
+    print(f"The planner would run {settled(methods, found).hierarchy}")
+    if single and several:
+        one, more = (methods[x[0].hierarchy.name]["speedup"] for x in (single, several))
+        print(
+            f"The best chain of several levels over the best of one: "
+            f"{several[0].speedup / single[0].speedup:.3f} expected, {more / one:.3f} measured"
+        )
+    if calibration.doubt():
+        print(calibration.doubt())
+    return rows
+
+
+def synthetic(lm: LM, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Returns simulations of exits with chosen rates, and what the engine made of the same."""
+    prompt = lm.encode("Tell a long story about a lighthouse.")
+    lm.eos = frozenset()  # the text goes on as long as is wanted
+    text = lm.generate(prompt, hierarchy=AR, max_new_tokens=args.tokens + 64).token_ids
+    context = len(prompt) + args.tokens // 2
+    rows = []
+    for numbers, rates in SYNTHETIC:
+        levels = tuple(Level(*pair) for pair in zip(numbers[::2], numbers[1::2], strict=True))
+        hierarchy = Hierarchy(levels, "-".join(f"{x.exit_layer}x{x.window}" for x in levels))
+        hierarchy.check(lm.model.config.num_layers)
+        heads = {exit_layer: lm.head(exit_layer) for exit_layer in hierarchy.exit_layers}
+        times: dict[str, list[float]] = {"ar": [], "it": []}
+        counts = [0, 0]
+        passes: dict[str, int] = {}
+        for repeat in range(args.repeats):
+            script = Script(
+                [*prompt, *text],
+                hierarchy.exit_layers,
+                rates,
+                lm.model.config.vocab_size,
+                seed=repeat,
+            )
+            plain = lm.generate(prompt, hierarchy=AR, max_new_tokens=args.tokens, learn=False)
+            with scripted(lm._heads, script):
+                scripts = {exit_layer: lm.head(exit_layer) for exit_layer in heads}
+                measured_now = cost_table(lm.model, scripts, context, anew=repeat == 0)
+                costs = replace(measured_now, step_s=own_work_s(plain, measured_now))
+                done = lm.generate(prompt, hierarchy=hierarchy, max_new_tokens=args.tokens)
+            assert done.token_ids == plain.token_ids, "drafting changed a token"
+            times["ar"].append(plain.decode_s / plain.committed)
+            times["it"].append(done.decode_s / done.committed)
+            counts = [counts[0] + done.committed, counts[1] + done.passes]
+            for level in done.levels:
+                passes[level.name] = passes.get(level.name, 0) + level.passes
+        wanted = forecast(chain_of(hierarchy), costs, script.acceptance())
+        measured = statistics.median(times["ar"]) / statistics.median(times["it"])
+        rows.append(
+            {
+                "name": f"{hierarchy.name} {rates}",
+                "counts": True,
+                "predicted": wanted.speedup,
+                "measured": measured,
+                "low": min(times["ar"]) / max(times["it"]),
+                "high": max(times["ar"]) / min(times["it"]),
+                "error": wanted.speedup / measured - 1,
+                "predicted_tokens_per_pass": wanted.tokens_per_pass,
+                "tokens_per_pass": counts[0] / counts[1],
+                "predicted_passes": dict(wanted.passes),
+                "passes": {name: count / passes["target"] for name, count in passes.items()},
+                "costs": costs.to_json(),
+                "ar_s": times["ar"],
+                "it_s": times["it"],
+            }
+        )
+        print(f"{hierarchy.name}: {wanted.speedup:.2f} / {measured:.2f}", file=sys.stderr)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Prints the rows as a table."""
+    print(f"{'':34}{'predicted':>10}{'measured':>10}{'':16}{'error':>8}{'tokens a pass':>18}")
+    for row in rows:
+        within = f"[{row['low']:.2f}, {row['high']:.2f}]" if row["low"] else ""
+        tokens = f"{row['predicted_tokens_per_pass']:.2f} / {row['tokens_per_pass']:.2f}"
+        print(
+            f"{row['name'][:34]:34}{row['predicted']:10.2f}{row['measured']:10.2f} {within:15}"
+            f"{row['error']:8.1%}{tokens:>18}"
+        )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,134 @@
+#!/usr/bin/env python
+"""Is `auto` as fast as the best fixed hierarchy? Chosen on half the prompts, told on the rest.
+
+    scripts/compare_halves.py RUN [--against auto] [--out FILE.jsonl]
+
+RUN is a folder that `hispec bench` wrote, with plain decoding, ``auto`` and fixed hierarchies among
+its methods. Prompts are dealt out to two halves in turn, category by category. On either half the
+fixed method with the least total time is chosen, and compared with ``auto`` on the other; both
+directions together are the result: ``auto``'s speed over the chosen one's, by category, with a 95 %
+bootstrap interval over prompts. Beside it the same ratio free of noise: counted passes times the
+costs of passes measured on this machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from hispec.bench.folder import Row, RunFolder
+from hispec.bench.stats import ratio
+from hispec.loading import load
+from hispec.planner.cost_table import TARGET, CostTable
+from hispec.planner.costs import cost_table
+
+#: Bookkeeping and other engines: not what `auto` could have chosen.
+NOT_FIXED = ("hf", "llama", "ar-fast")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--against", default="auto", help="the adaptive method")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    folder = RunFolder.open(args.run)
+    rows: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    for row in folder.rows:
+        if not row["error"]:
+            rows[row["method"]][row["item"]].append(row)
+    fixed = [x for x in rows if x != args.against and not x.startswith(NOT_FIXED)]
+    if args.against not in rows or not fixed:
+        print(f"{args.run} lacks {args.against} or anything to compare it with.", file=sys.stderr)
+        return 1
+    items = [x for x in rows[args.against] if all(x in rows[name] for name in fixed)]
+    halves = _halves(items, rows[args.against])
+    lm = load(folder.settings["model"])
+    exits = lm.exits.exit_layers if lm.exits else ()
+    costs = cost_table(lm.model, {e: lm.head(e) for e in exits}, label="compared")
+    pairs: list[tuple[str, str, str]] = []  # category, item, the fixed method chosen elsewhere
+    for here, there in (halves, halves[::-1]):
+        best = min(fixed, key=lambda name: sum(_seconds(rows[name][x]) for x in here))
+        print(f"chosen on {len(here)} answers, told on {len(there)}: {best}")
+        pairs += [(rows[best][x][0]["category"], x, best) for x in there]
+    records = []
+    for category in ("all", *dict.fromkeys(pair[0] for pair in pairs)):
+        some = [pair for pair in pairs if category in ("all", pair[0])]
+        one = [[row["decode_s"] for row in rows[name][x]] for _, x, name in some]
+        other = [[row["decode_s"] for row in rows[args.against][x]] for _, x, _ in some]
+        found = ratio(one, other)
+        counted = sum(_counted(rows[name][x][0], costs) for _, x, name in some)
+        counted /= sum(_counted(rows[args.against][x][0], costs) for _, x, _ in some)
+        records.append(
+            {
+                "category": category,
+                "answers": len(some),
+                "ratio": found.value,
+                "low": found.low,
+                "high": found.high,
+                "counted": counted,
+            }
+        )
+    print(f"{'':18}{'answers':>8}{args.against + ' over the best fixed':>30}{'counted':>10}")
+    for record in records:
+        within = f"{record['ratio']:.3f} [{record['low']:.3f}, {record['high']:.3f}]"
+        print(f"{record['category']:18}{record['answers']:8}{within:>30}{record['counted']:10.3f}")
+    if args.out:
+        provenance = {"run": args.run.name, **folder.provenance}
+        lines = [provenance, *records]
+        args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return 0
+
+
+def _halves(items: list[str], rows: dict[str, list[Row]]) -> tuple[list[str], list[str]]:
+    """Deals prompts out in turn; both turns of a chat go to one half."""
+    halves: tuple[list[str], list[str]] = ([], [])
+    dealt: dict[str, int] = {}
+    counts: dict[str, int] = defaultdict(int)
+    for item in items:
+        prompt, category = rows[item][0]["prompt"], rows[item][0]["category"]
+        if prompt not in dealt:
+            dealt[prompt] = counts[category] % 2
+            counts[category] += 1
+        halves[dealt[prompt]].append(item)
+    return halves
+
+
+def _seconds(rows: list[Row]) -> float:
+    return statistics.median(row["decode_s"] for row in rows)
+
+
+def _counted(row: dict[str, Any], costs: CostTable) -> float:
+    """The time of an answer's passes by the table.
+
+    A pass above an exit that ran has only the newest row to lift through the layers below it; where
+    the exit was left out, all rows.
+    """
+    seconds, known, below = 0.0, 0, 0
+    for level in row["levels"]:
+        name, passes = level["name"], level["passes"]
+        if not passes:
+            continue
+        depth = costs.depths[name]
+        visits = level["layer_visits"]
+        if name == TARGET:  # what lower levels ran is part of its rows
+            visits = row["layer_visits"]
+        width = (
+            max(visits / passes / depth, 1.0) if depth else 2.0
+        )  # without layers none are counted
+        ran = min(below / passes, 1.0)
+        lifted = costs.layers_s(0, known, 1) * ran + costs.layers_s(0, known, width) * (1.0 - ran)
+        seconds += passes * (lifted + costs.pass_s(name, known, width, 0.0))
+        if name != TARGET:
+            seconds += min(passes, row["passes"]) * costs.round_s.get(name, 0.0)
+        known, below = depth, passes
+    return seconds
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

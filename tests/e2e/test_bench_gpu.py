@@ -1,0 +1,58 @@
+"""``scripts/bench_gpu.py`` runs on any machine, small, and says no to what it does not know."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def script() -> Any:
+    path = ROOT / "scripts" / "bench_gpu.py"
+    spec = importlib.util.spec_from_file_location("bench_gpu", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_every_stage_tiny(
+    script: Any, tiny_llama: Path, tmp_path: Path, cache_home: Path, capsys: Any
+) -> None:
+    out = tmp_path / "rows.jsonl"
+    command = ["--tiny", "--device", "cpu", "--model", str(tiny_llama), "--out", str(out)]
+    assert script.main(command) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows[0]["stage"] == "machine"
+    assert rows[0]["copy_gb_per_s"] > 0 and rows[0]["commit"]
+    stages = {stage: [row for row in rows if row["stage"] == stage] for stage in script.STAGES}
+    if importlib.util.find_spec("triton") is not None:
+        names = {row["kernel"] for row in stages["kernels"]}
+        assert {"product qkv", "gated_product", "attention", "exit_head", "rope_write"} <= names
+        assert all(row["right"] and row["ms"] > 0 for row in stages["kernels"])
+        assert stages["ar"][0]["passes"] == "triton"
+    assert stages["ar"][0]["floor_ms"] > 0
+    assert {row["method"] for row in stages["spec"]} >= {"ar", "layerskip", "hispec"}
+    assert all(row["differ"] == 0 for row in stages["spec"])
+    assert {row["method"] for row in stages["peers"]} >= {"ar", "hf", "hf-prompt-lookup"}
+    assert {row.get("way") for row in stages["shapes"]} >= {"layerskip 4", "hispec 2/4"}
+    printed = capsys.readouterr().out
+    assert all(f"\n{stage} (" in printed for stage in script.STAGES)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--only", "kernel"], "unknown stage 'kernel'. Known: kernels, ar,"),
+        (["--shapes", "7B"], "unknown shape '7B'. Known: tiny, 135M,"),
+    ],
+)
+def test_what_it_does_not_know(script: Any, options: list[str], words: str, capsys: Any) -> None:
+    assert script.main(["--tiny", *options]) == 2
+    assert words in capsys.readouterr().err

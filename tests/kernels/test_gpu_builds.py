@@ -1,0 +1,83 @@
+"""The kernels build for real GPUs: Triton's compiler and its assembler need none to be there."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("triton") is None:
+    pytest.skip("Triton is not installed: pip install triton", allow_module_level=True)
+
+ROOT = Path(__file__).parents[2]
+BUILD = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from hispec_kernels.gpu import (
+    attention, compact, exit_head, follow, noise, products, rms_norm, rope, top_k
+)
+
+B, F, I, L, i = "*bf16", "*fp32", "*i32", "*i64", "i32"
+
+def build(kernel, types, warps=4, stages=1, **constants):
+    names = kernel.arg_names
+    runtime = [name for name in names if name not in constants]
+    assert len(runtime) == len(types), (runtime, types)
+    signature = dict.fromkeys(names, "constexpr") | dict(zip(runtime, types))
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in signature.items()
+        if kind.startswith("*") or name in ("size", "rows", "kv_stride")
+    }
+    source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
+    options = {"num_warps": warps, "num_stages": stages}
+    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    return built.metadata.shared, built.asm["ptx"]
+
+cut = dict(TILES=2, BLOCK_N=32, EVEN=True, stages=4)
+shared, ptx = build(
+    products._product, (B, B, B, F, F, I, i, i), BIAS=True, RESIDUAL=True, BLOCK_K=256, **cut
+)
+assert "mma.sync" in ptx and "cp.async" in ptx, "no tensor cores, or no pipeline"
+assert shared <= 113 << 10, shared  # two programs a processor
+shared, ptx = build(products._gated_product, (B, B, B, B, I, i, i), BIAS=True, BLOCK_K=128, **cut)
+assert shared <= 113 << 10, shared
+build(rms_norm._add_rms_norm, (F, F, B, B, I, i, "fp32"), ADD=True, BLOCK=4096, warps=16)
+build(rope._rope_write, (F, F, F, B, B, B, I, i, i, i), SIZE=128, HALF=64, HEADS=8)
+for kind, size, group in ((B, 128, 4), ("*fp16", 64, 3), (F, 128, 8), (B, 256, 1)):
+    types = (kind, kind, kind, I, F, F, F, "fp32", i, i, i)
+    sizes = dict(ROWS=16, SIZE=size, BLOCK=size)
+    shared, ptx = build(attention._attend_split, types, GROUP=group, **sizes)
+    assert shared <= 227 << 10, shared
+    assert kind == F or "mma.sync" in ptx, "no tensor cores"
+build(attention._merge, (F, F, F, B, I, i), warps=1, HEADS=1, STEPS=4, **sizes)
+build(noise._noisy, (F, F, L, L, L, "fp32", i, i), IDS=True, BLOCK=1024)
+types = (B, B, F, F, I, F, F, L, F, L, I, i, i, i)
+build(exit_head._head, types, NOISE=True, IDS=True, K=3, BLOCK_K=256, **cut)
+types = (F, F, I, F, F, L, L, F, I, i)
+build(exit_head._rank, types, IDS=True, K=3, PIECES=4096, CANDIDATES=16384, warps=8)
+build(follow._follow, (L, L, L, L, L, i), BLOCK=32, warps=1)
+build(compact._compact, (B, L, L, I, i, i), BLOCK=128, warps=1)
+build(top_k._best, (F, I, F, L, i, i), COLUMNS=True, K=8, BLOCK=4096, warps=8)
+print("built")
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="needs Triton's own assembler")
+def test_kernels_build_for_hopper(tmp_path: Path) -> None:
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    paths = [str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "built"

@@ -1,0 +1,181 @@
+"""Many prompts from a file: order, bad rows, resuming after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hispec.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama: Path) -> Path:
+    return tiny_llama
+
+
+def prompts(path: Path, count: int) -> Path:
+    rows = [{"prompt": f"Number {i}, and what comes after {i * 7}?"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(model: Path, prompts: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("generate", "--model", str(model), "--prompts", str(prompts), "--out", str(out)),
+        *("--max-new-tokens", "8", "--dtype", "fp32", "--device", "cpu", *more),
+    ]
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_every_row_in_order(folder: Path, tmp_path: Path, capsys) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_text(
+        '{"prompt": "one", "id": "a"}\n'
+        '{"messages": [{"role": "user", "content": "two"}]}\n'
+        '{"turns": ["three", "and four"], "category": "writing"}\n'
+        '{"prompt_ids": [3, 4, 5]}\n'
+    )
+    out = tmp_path / "answers.jsonl"
+    assert main(command(folder, source, out, "--json")) == 0
+    rows = lines(out)
+    assert [row["line"] for row in rows] == [1, 2, 3, 4]
+    assert rows[0]["id"] == "a" and rows[0]["num_tokens"] == len(rows[0]["token_ids"]) == 8
+    assert len(rows[2]["turns"]) == 2
+    assert rows[2]["turns"][1]["num_prompt_tokens"] > rows[2]["turns"][0]["num_prompt_tokens"] + 8
+    assert rows[3]["num_prompt_tokens"] == 3
+    totals = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (totals["rows"], totals["answered"], totals["failed"]) == (4, 4, [])
+    assert totals["num_generation_tokens"] == 40
+    header, *stats = lines(tmp_path / "answers.jsonl.stats.jsonl")
+    assert header["max_new_tokens"] == 8
+    assert [entry["line"] for entry in stats] == [1, 2, 3, 4]
+    assert stats[0]["metrics"][0]["num_generation_tokens"] == 8
+
+
+def test_bad_rows_are_named_and_the_others_answered(folder, tmp_path, capsys) -> None:
+    source = tmp_path / "prompts.jsonl"
+    long = json.dumps({"prompt": "x" * 2000})
+    source.write_bytes(
+        b'{"prompt": "fine"}\n'
+        b"\n"
+        b'{"prompt": "torn\n'
+        b"[1, 2]\n"
+        b'{"prompt": ""}\n'
+        b'{"question": "what?"}\n'
+        b'{"prompt": "\xff"}\n' + long.encode() + b"\n"
+        b'{"prompt": "fine, too"}'
+    )
+    out = tmp_path / "answers.jsonl"
+    assert main(command(folder, source, out)) == 1
+    rows = lines(out)
+    assert [row["line"] for row in rows] == list(range(1, 10))
+    assert [row["line"] for row in rows if "error" not in row] == [1, 9]
+    said = capsys.readouterr().err
+    for number, why in (
+        (2, "empty"), (3, "JSON"), (4, "object"), (5, "prompt"), (6, "question"), (7, "UTF-8"),
+        (8, "context"),
+    ):  # fmt: skip
+        assert f"line {number}: " in said and why in rows[number - 1]["error"]
+
+
+@pytest.mark.parametrize("sampling", [(), ("--temperature", "1.0", "--seed", "7", "--n", "2")])
+def test_a_resumed_run_ends_with_the_same_file(folder, tmp_path, sampling) -> None:
+    source = prompts(tmp_path / "prompts.jsonl", 6)
+    whole, torn = tmp_path / "whole.jsonl", tmp_path / "torn.jsonl"
+    assert main(command(folder, source, whole, *sampling)) == 0
+    wanted = whole.read_bytes()
+    stats = (tmp_path / "whole.jsonl.stats.jsonl").read_bytes()
+    starts = [0, *(i + 1 for i, byte in enumerate(wanted) if byte == 10)]
+    for rows, tail in ((0, 20), (2, 0), (3, 35), (6, 0)):
+        torn.write_bytes(wanted[: starts[rows] + tail])
+        kept = b"".join(line + b"\n" for line in stats.split(b"\n")[: rows + 1])
+        (tmp_path / "torn.jsonl.stats.jsonl").write_bytes(kept + b'{"line"'[: 2 * tail])
+        # in exact numerics another hierarchy goes on with the same text
+        more = ("--hierarchy", "layerskip-paper") if rows == 2 else ()
+        assert main(command(folder, source, torn, *sampling, *more)) == 0
+        assert torn.read_bytes() == wanted
+        found = lines(tmp_path / "torn.jsonl.stats.jsonl")
+        assert [entry["line"] for entry in found[1:]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_killed_half_way(folder: Path, tmp_path: Path) -> None:
+    source = prompts(tmp_path / "prompts.jsonl", 40)
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    options = ("--temperature", "0.8", "--seed", "3", "--max-new-tokens", "24")
+    assert main(command(folder, source, whole, *options)) == 0
+    run = [sys.executable, "-m", "hispec.cli", *command(folder, source, killed, *options)]
+    for number in (signal.SIGKILL, signal.SIGTERM):
+        process = subprocess.Popen(run, cwd=ROOT, env=os.environ, stderr=subprocess.PIPE)
+        before = killed.stat().st_size if killed.exists() else 0
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and process.poll() is None:
+            if killed.exists() and killed.stat().st_size > before + 1000:
+                process.send_signal(number)
+                break
+            time.sleep(0.001)
+        _, said = process.communicate()
+        assert process.returncode in (-9, 143, 0), said
+    assert killed.stat().st_size < whole.stat().st_size, "it was not stopped in time"
+    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "rows were there" in done.stderr, done.stderr
+    assert killed.read_bytes() == whole.read_bytes()
+
+
+def test_a_drawn_seed_is_gone_on_with(folder: Path, tmp_path: Path) -> None:
+    source, out = prompts(tmp_path / "prompts.jsonl", 4), tmp_path / "answers.jsonl"
+    options = ("--temperature", "1")
+    assert main(command(folder, source, out, *options)) == 0
+    wanted = out.read_bytes()
+    out.write_bytes(wanted[: wanted.index(b"\n") + 1])
+    assert main(command(folder, source, out, *options)) == 0
+    assert out.read_bytes() == wanted
+    assert len({row["seed"] for row in lines(out)}) == 4  # each row has noise of its own
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--temperature", "0.5", "--seed", "1"), ("temperature", "--out")),
+        (("--max-new-tokens", "9"), ("max_new_tokens=8, not 9",)),
+        (("--stop", "x"), ("stop",)),
+        (("--raw",), ("raw",)),
+    ],
+)
+def test_other_settings_do_not_go_on(folder, tmp_path, capsys, options, words) -> None:
+    source, out = prompts(tmp_path / "prompts.jsonl", 2), tmp_path / "answers.jsonl"
+    assert main(command(folder, source, out)) == 0
+    before = out.read_bytes()
+    assert main(command(folder, source, out, *options)) == 2
+    said = capsys.readouterr().err
+    assert all(word in said for word in words) and out.read_bytes() == before
+
+
+def test_files_that_cannot_be(folder: Path, tmp_path: Path, capsys) -> None:
+    source = prompts(tmp_path / "prompts.jsonl", 1)
+    other = tmp_path / "notes.txt"
+    other.write_text("my notes\n")
+    (tmp_path / "nothing.jsonl").write_text("")
+    for arguments, word in (
+        (command(folder, source, other), "holds no answers"),
+        (command(folder, source, tmp_path / "no" / "answers"), "no folder"),
+        (command(folder, tmp_path / "none.jsonl", tmp_path / "a"), "cannot read"),
+        (command(folder, tmp_path / "nothing.jsonl", tmp_path / "a"), "no prompts"),
+        (command(folder, source, source), "other rows"),
+        (command(folder, source, tmp_path / "a")[:5], "--out"),
+    ):
+        assert main(arguments) == 2
+        assert word in capsys.readouterr().err
+    assert other.read_text() == "my notes\n"
+    assert source.read_text().startswith('{"prompt"')

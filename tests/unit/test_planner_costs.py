@@ -1,0 +1,111 @@
+"""What passes cost: the table's arithmetic, and filling it by measuring."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.lms import open_lm, save_model
+
+from hispec.hierarchy import MAX_WIDTH
+from hispec.planner import costs, devices
+from hispec.planner.calibrate import own_work_s
+from hispec.planner.cost_table import TARGET, CostTable, at, filled
+from hispec.result import Result
+
+ROWS = MAX_WIDTH + 1
+
+
+def table(**changes) -> CostTable:
+    fields = {
+        "depths": {"exit 4": 4, "exit 8": 8, TARGET: 30},
+        "call_s": [0.5] * ROWS,
+        "layer_s": [float(rows) for rows in range(ROWS)],
+        "heads_s": {name: [10.0] * ROWS for name in ("exit 4", "exit 8", TARGET)},
+    }
+    return CostTable(**{**fields, **changes})
+
+
+def test_a_pass_is_layers_head_and_what_is_lifted() -> None:
+    made = table(step_s=0.25, models_s={"small": [7.0] * ROWS})
+    assert made.pass_s("exit 4", 0, 1) == 0.5 + 4 + 10 + 0.25
+    # Three rows through layers 4 to 8, the newest of them alone through layers 0 to 4 before.
+    assert made.pass_s("exit 8", 4, 3) == (0.5 + 4) + (0.5 + 3 * 4) + 10 + 0.25
+    assert made.pass_s("exit 8", 4, 3, lifted=0) == (0.5 + 3 * 4) + 10 + 0.25
+    assert made.pass_s("small", 4, 9) == 7.25, "a separate model shares nothing"
+    assert made.plain_s == 0.5 + 30 + 10 + 0.25
+
+
+def test_between_two_numbers_of_rows_and_past_the_last() -> None:
+    assert at([0.0, 1.0, 3.0], 1.5) == 2.0
+    assert at([0.0, 1.0, 3.0], 9) == 3.0
+    values = filled({1: 1.0, 4: 4.0, 8: 3.0, MAX_WIDTH: 5.0})
+    assert values[:6] == [0.0, 1.0, 2.0, 3.0, 4.0, 4.0], "a wider pass is never cheaper"
+    assert len(values) == ROWS and values[-1] == 5.0
+
+
+def test_relative_costs_start_at_one_and_never_fall() -> None:
+    relative = table().relative()
+    assert relative[:2] == [0.0, 1.0] and len(relative) == ROWS
+    assert relative == sorted(relative)
+
+
+def test_it_survives_json() -> None:
+    made = table(round_s={"exit 4": 0.1}, ask_s=0.2, context=256)
+    assert CostTable.from_json(json.loads(json.dumps(made.to_json()))) == made
+
+
+def test_measured_once_and_remembered(
+    tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = open_lm(save_model(tmp_path / "llama", "gqa"))
+    heads = {2: lm.head(2)}
+    found = costs.cost_table(lm.model, heads, 64, "some exits")
+    assert found.depths == {"exit 2": 2, TARGET: 6}
+    assert found.plain_s > 0 and found.pass_s("exit 2", 0, 1) > 0
+    assert found.pass_s("exit 2", 0, 4) < found.pass_s(TARGET, 0, 4) * 1.5
+    assert found.spread >= 0 and found.context == 64
+
+    def never(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(costs, "measure", never)
+    monkeypatch.setattr(costs, "measure_head", never)
+    assert costs.cost_table(lm.model, heads, 64, "some exits") == found
+    with pytest.raises(AssertionError, match="measured again"):
+        costs.cost_table(lm.model, heads, 64, "some exits", anew=True)
+    with pytest.raises(AssertionError, match="measured again"):
+        costs.cost_table(lm.model, heads, 128, "some exits")
+    with pytest.raises(AssertionError, match="measured again"):
+        costs.cost_table(lm.model, heads, 64, "other exits")
+
+
+def test_what_the_databases_and_ranking_exits_are_told(tmp_path: Path, cache_home: Path) -> None:
+    lm = open_lm(save_model(tmp_path / "llama", "gqa"))
+    relative = costs.pass_costs(lm.model)
+    assert relative[:2] == [0.0, 1.0] and relative == sorted(relative) and len(relative) == ROWS
+    assert costs.level_cost(lm.model, lm.head(2), 2) > 0
+
+
+def test_machines_that_are_not_at_hand() -> None:
+    shape = devices.SHAPES["llama-3-8b"]
+    exits = {4: devices.Head(), 8: devices.Head(vocab_size=8192, blocks=1)}
+    first, second = (
+        devices.cost_table(shape, devices.DEVICES[name], exits) for name in ("h100", "h200")
+    )
+    # 8.0 G weights, the input embeddings not read: 15 GB at 3.35 TB/s.
+    assert first.plain_s == pytest.approx(4.5e-3, rel=0.02)
+    assert first.plain_s / second.plain_s == pytest.approx(4.8 / 3.35)
+    assert first.pass_s(TARGET, 0, MAX_WIDTH) == first.plain_s, "rows are free there"
+    assert first.heads_s["exit 8"][1] < first.heads_s["exit 4"][1]
+    assert all(device.source for device in devices.DEVICES.values())
+
+
+def test_the_engine_s_own_work_is_what_a_plain_pass_takes_besides() -> None:
+    made = table()
+    plain = Result(passes=10, decode_s=10 * (made.plain_s + 2))
+    assert own_work_s(plain, made) == pytest.approx(2)
+    assert own_work_s(Result(passes=10, decode_s=1.0), made) == 0
+    assert own_work_s(Result(passes=10, decode_s=1e6), made) == pytest.approx(0.2 * made.plain_s)
+    assert own_work_s(Result(), made) == 0

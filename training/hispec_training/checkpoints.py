@@ -1,0 +1,122 @@
+"""What a run leaves in its folder so that it can go on: its state, written whole or not at all.
+
+Both training loops share the rules: a step is a function of the weights, the optimizer's state and
+the step's number; a checkpoint holds these and the recipe, and appears by one rename; it is resumed
+under the same recipe or refused.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import math
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hispec.errors import HispecError
+
+CHECKPOINT = "checkpoint.pt"
+BEST = "best.pt"
+
+
+@dataclass
+class History:
+    """What happened, as the report draws it.
+
+    Attributes:
+        losses: Rows of step, seconds, targets, lr and each exit's loss and agreement.
+        held_out: Rows of step, seconds and each exit's agreement.
+    """
+
+    losses: list[dict[str, float]] = field(default_factory=list)
+    held_out: list[dict[str, float]] = field(default_factory=list)
+
+
+def learning_rate(peak: float, warmup_steps: int, steps: int, step: int) -> float:
+    """Returns the rate of step ``step`` (from 0): linear warm-up, then half a cosine to zero."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Returns the state in a checkpoint file.
+
+    Raises:
+        HispecError: It cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+        raise HispecError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}): delete it and start again."
+        ) from error
+
+
+def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
+    """The state stands under ``path`` whole, or the old one still does.
+
+    Raises:
+        HispecError: The disk is full.
+    """
+    buffer = io.BytesIO()  # torch.save to a full disk raises a RuntimeError that names nothing
+    torch.save(dict(state), buffer)
+    temporary = path.with_suffix(".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        kept = "the one before it is kept" if path.exists() else "there is none before it"
+        raise HispecError(
+            f"The disk is full: checkpoint {path} of step {state['step']} could not be written, "
+            f"{kept}. Free some room and run again with --resume."
+        ) from error
+
+
+def check_same_run(
+    path: Path,
+    ours: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    same_parts: bool,
+    parts: str,
+    free: frozenset[str] = frozenset(),
+) -> None:
+    """Raises ``HispecError`` if a checkpoint is of another run.
+
+    Args:
+        path: Of the checkpoint.
+        ours: This run's recipe.
+        theirs: The checkpoint's.
+        same_parts: Whether what is trained is made of the same parts.
+        parts: What to call them.
+        free: Settings that do not change the weights.
+    """
+    changed = sorted(k for k in ours.keys() | theirs if ours.get(k) != theirs.get(k))
+    changed = [key for key in changed if key not in free]
+    if changed or not same_parts:
+        raise HispecError(
+            f"{path} belongs to a run with other settings ({', '.join(changed) or parts}): "
+            "resume with the same ones, or give another --out."
+        )
+
+
+def diverged(path: Path, step: int, lr: float) -> HispecError:
+    """Returns the error of a loss that is not a number; the state before it is in ``path``."""
+    return HispecError(
+        f"The loss is not a number at step {step}: the weights before it are in {path}; lower --lr "
+        f"(now {lr:g}) or look at the data."
+    )
