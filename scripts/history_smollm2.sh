@@ -14,5 +14,5 @@ source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 ensure_env test # with the training libraries
 mkdir -p "$2"
 # Keys of up to three tokens, what occurred twice: what occurred once adds 24 MB and no token a pass.
-exec "$VENV/bin/hispec" ngrams build --kind history --model smollm2-135m --longest 3 --least 2 \
+exec "$PYTHON" -m hispec.cli ngrams build --kind history --model smollm2-135m --longest 3 --least 2 \
   --data "$1/train.jsonl" --out "$2/history.bin"

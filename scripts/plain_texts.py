@@ -23,13 +23,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--limit", type=int, default=160)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     opener = gzip.open if args.text.suffix == ".gz" else open
     with opener(args.text, "rt", encoding="utf-8") as file:
         text = file.read()
-    tokenizer = open_checkpoint("smollm2-135m").tokenizer
+    tokenizer = open_checkpoint(args.model).tokenizer
     rng, rows = random.Random(args.seed), []
     for number in range(args.limit):
         start = rng.randrange(len(text) - 16 * TOKENS)

@@ -20,7 +20,7 @@ ensure_env test # with the training libraries
 data=$1 out=$2
 shift 2
 
-"$VENV/bin/hispec" train --model smollm2-135m --exits 0,4,8 --resume \
+"$PYTHON" -m hispec.cli train --model smollm2-135m --exits 0,4,8 --resume \
   --data "$data/train.jsonl" --held-out "$data/heldout.jsonl" \
   --head block --context deep --head-vocab 8192 \
   --epochs 2 --lr 0.001 --soft 1.0 --dropout 0.1 --out "$out" "$@"

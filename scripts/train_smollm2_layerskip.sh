@@ -21,7 +21,7 @@ shift 4
 [ -s "$data/plain.jsonl" ] ||
     "$PYTHON" "$ROOT/scripts/plain_texts.py" --text "$plain" --out "$data/plain.jsonl" --limit 160
 
-exec "$VENV/bin/hispec" train --mode lora --model smollm2-135m --exits 8 --resume \
+exec "$PYTHON" -m hispec.cli train --mode lora --model smollm2-135m --exits 8 --resume \
   --data "$data/train.jsonl" "$data/plain.jsonl" --held-out "$data/heldout.jsonl" \
   --max-length 768 --rank 64 --deep-rank 8 --alpha 8 --batch-tokens 1536 \
   --keep-share 0.25 --keep-fraction 0.5 --steps 2000 --lr 0.0004 --soft 0.7 \

@@ -61,15 +61,18 @@ def passages(paragraphs: list[str], rng: random.Random, count: int, low: int, hi
         yield text[:size].rsplit(". ", 1)[0] + "."
 
 
-def made_up(dolly: list[dict], paragraphs: list[str], rng: random.Random) -> list[dict]:
-    """Long-input tasks from Dolly's contexts and WikiText."""
+def made_up(
+    dolly: list[dict], paragraphs: list[str], rng: random.Random, number: int
+) -> list[dict]:
+    """Set ``number`` of long-input tasks from Dolly's contexts and WikiText."""
+    mark = f"{number}." if number else ""
     rows = []
     contexts = [d for d in dolly if 400 <= len(d["context"]) <= 2000]
     texts = [d["context"] for d in rng.sample(contexts, 1000)]
     texts += passages(paragraphs, rng, 1200, 500, 1800)
     for i, text in enumerate(texts):
         ask = f"Summarize: {text}" if rng.random() < 0.8 else f"{text}\n\nSummarize this text."
-        rows.append(chat(f"summary:{i}", "summarization", ask))
+        rows.append(chat(f"summary:{mark}{i}", "summarization", ask))
 
     asked = [d for d in contexts if d["category"] in ("closed_qa", "information_extraction")]
     for i, d in enumerate(asked):
@@ -77,18 +80,18 @@ def made_up(dolly: list[dict], paragraphs: list[str], rng: random.Random) -> lis
         if rng.random() < 0.5:  # a second passage, as retrieval brings them
             parts += passages(paragraphs, rng, 1, 300, 700)
             rng.shuffle(parts)
-        rows.append(chat(f"rag:{i}", "rag", "\n".join([*parts, d["instruction"]])))
+        rows.append(chat(f"rag:{mark}{i}", "rag", "\n".join([*parts, d["instruction"]])))
     open_questions = [d["instruction"] for d in dolly if d["category"] == "open_qa"]
     texts = passages(paragraphs, rng, 500, 600, 1800)
     for i, text in enumerate(texts):  # the passages may not hold the answer: that occurs, too
-        rows.append(chat(f"rag-open:{i}", "rag", f"{text}\n{rng.choice(open_questions)}"))
+        rows.append(chat(f"rag-open:{mark}{i}", "rag", f"{text}\n{rng.choice(open_questions)}"))
 
     sentences = [s for p in paragraphs for s in re.split(r"(?<=[.!?]) ", p) if 40 <= len(s) <= 220]
     languages = ["German"] * 4 + ["French"] * 2 + ["Spanish"]
     for i, sentence in enumerate(rng.sample(sentences, 1500)):
         language = rng.choice(languages)
         ask = f"Translate English to {language}: {sentence}"
-        rows.append(chat(f"translation:{i}", "translation", ask))
+        rows.append(chat(f"translation:{mark}{i}", "translation", ask))
     return rows
 
 
@@ -97,6 +100,7 @@ def main() -> None:
     for name in ("dolly", "gsm8k", "code", "wikitext", "out"):
         parser.add_argument(f"--{name}", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sets", type=int, default=1, help="of tasks put together")
     args = parser.parse_args()
     rng = random.Random(args.seed)
 
@@ -114,9 +118,9 @@ def main() -> None:
     for i, row in enumerate(rows_of(args.code)):
         text = "\n\n".join(part for part in (row["instruction"], row["input"]) if part)
         train.append(chat(f"code:{i}", "coding", text))
-    train += made_up(
-        [d for d in dolly if d["split"] != "test"], wiki_paragraphs(args.wikitext), rng
-    )
+    texts, paragraphs = [d for d in dolly if d["split"] != "test"], wiki_paragraphs(args.wikitext)
+    for number in range(args.sets):
+        train += made_up(texts, paragraphs, rng, number)
 
     args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in (("train", train), ("heldout", heldout)):

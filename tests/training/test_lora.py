@@ -110,7 +110,7 @@ def test_rate_warms_up_and_falls_to_zero():
 def test_divergence_is_the_kl_and_its_gradient(monkeypatch):
     from hispec_training import divergence as module
 
-    monkeypatch.setattr(module, "CHUNK_VALUES", 3 * 50)  # 3 rows at a time
+    monkeypatch.setattr(module, "chunk_values", lambda device: 75)  # 3 rows at a time
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(10, 16, generator=generator, requires_grad=True)
     x0, rows = torch.randn(10, 16, generator=generator), torch.randn(50, 16, generator=generator)

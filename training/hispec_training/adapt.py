@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,18 +27,21 @@ from torch import Tensor
 from hispec_training.adapter import Student, lora_parameters
 from hispec_training.checkpoints import (
     CHECKPOINT,
+    TIMED,
     History,
+    agree,
     check_same_run,
     diverged,
     learning_rate,
     read_checkpoint,
+    steps_that_fit,
     write_checkpoint,
 )
 from hispec_training.curriculum import drop_rates, dropped_layers, exit_weights, exits_at
 from hispec_training.divergence import divergence
 from hispec_training.losses import sparse_cross_entropy, sparse_targets
 from hispec_training.padded import collate, kept_count, text_batches
-from hispec_training.shard_cache import ShardCache
+from hispec_training.shard_cache import Texts
 from hispec_training.shards import cut
 
 # Settings that do not change the weights, so that a resumed run may change them.
@@ -104,19 +107,22 @@ class LoraTrainer:
         accelerator: Of the launched processes; a plain one if None.
         on_step: Called with each row of the history.
         save_minutes: Also write a checkpoint when the last one is this old.
+        minutes: Make the recipe's steps so few that they take about so long.
     """
 
     def __init__(
         self,
         student: Student,
-        cache: ShardCache,
-        held_out: ShardCache | None,
+        cache: Texts,
+        held_out: Texts | None,
         recipe: LoraRecipe,
         folder: Path,
         accelerator: Accelerator | None = None,
         on_step: Callable[[dict[str, float]], None] | None = None,
         save_minutes: float = 10.0,
+        minutes: float | None = None,
     ) -> None:
+        self.minutes = minutes
         self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
         self.student = student.to(self.accelerator.device)
         self.cache, self.held_out = cache, held_out
@@ -142,13 +148,16 @@ class LoraTrainer:
         """
         recipe, start = self.recipe, time.perf_counter() - self.elapsed_s
         batches = self._batches(self.step * recipe.accumulate)
-        while self.step < recipe.steps:
+        while self.step < self.recipe.steps:
             row = self._one_step([next(batches) for _ in range(recipe.accumulate)])
             self.elapsed_s = time.perf_counter() - start
             row |= {"step": self.step, "seconds": round(self.elapsed_s, 2)}
             self.history.losses.append(row)
             self._tell(row)
-            last = self.step == recipe.steps
+            if self.minutes is not None and self.step == TIMED:
+                fit = steps_that_fit(self.history, recipe.steps, self.minutes)
+                self.recipe = replace(recipe, steps=agree(self.accelerator, fit))
+            last = self.step == self.recipe.steps
             if self.held_out is not None and (last or self.step % recipe.eval_every == 0):
                 self._look()
             stale = time.monotonic() - self._saved > self._save_s
@@ -187,6 +196,8 @@ class LoraTrainer:
         if not path.exists():
             return False
         state = read_checkpoint(path)
+        if self.minutes is not None and state["step"] >= TIMED:
+            self.recipe = replace(self.recipe, steps=state["recipe"]["steps"])
         same = sorted(state["weights"]) == self.names
         check_same_run(path, asdict(self.recipe), state["recipe"], same, "ranks", _FREE)
         with torch.no_grad():
@@ -319,7 +330,7 @@ class LoraTrainer:
                 for e in levels:
                     x = self.student.normed(states[e][batch.chosen.to(device)])
                     picks = [(y @ self._head.T).argmax(-1) for y in x.to(self._head).split(1024)]
-                    right[e] += int((torch.cat(picks).cpu() == batch.pick).sum())
+                    right[e] += int((torch.cat(picks) == batch.pick.to(device)).sum())
             seen += len(batch.pick)
         row: dict[str, float] = {"step": self.step, "seconds": round(self.elapsed_s, 2)}
         row |= {f"top1_{e}": right[e] / max(1, seen) for e in levels}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from hispec_training.shard_cache import CachedText, ShardCache
+from hispec_training.shard_cache import CachedText, Texts
 from hispec_training.shards import cut
 
 MAX_ROUND = 6  # tokens committed by the longest round met in training
@@ -79,12 +79,13 @@ def fixed_roots(first: int, count: int, length: int, shift: int) -> Tensor:
 
 def collate(texts: Sequence[CachedText], roots: Sequence[Tensor], layers: Sequence[int]) -> Batch:
     """The batch of some texts; ``roots`` holds one tensor of (R,) for each."""
-    size = len(texts)
+    size, device = len(texts), texts[0].pick.device
     # The last position predicts nothing and is never context.
     length = max(len(text.ids) - 1 for text in texts)
     width = max(len(text.pick) for text in texts)
     dim = next(iter(texts[0].states.values())).shape[1]
-    states = {e: torch.zeros(size, length, dim, dtype=torch.bfloat16) for e in layers}
+    shape = (size, length, dim)
+    states = {e: torch.zeros(shape, dtype=torch.bfloat16, device=device) for e in layers}
     positions = torch.empty(size, width, dtype=torch.int64)
     root = torch.empty(size, width, dtype=torch.int64)
     chosen = torch.zeros(size, width, dtype=torch.bool)
@@ -108,7 +109,7 @@ def collate(texts: Sequence[CachedText], roots: Sequence[Tensor], layers: Sequen
     )
 
 
-def epoch_batches(cache: ShardCache, batch_targets: int, seed: int, epoch: int) -> list[list[int]]:
+def epoch_batches(cache: Texts, batch_targets: int, seed: int, epoch: int) -> list[list[int]]:
     """A random order of batches of similar length, each at most ``batch_targets`` when padded.
 
     Texts are shuffled, sorted by response length within windows of 1,024, cut into batches, and
@@ -131,7 +132,7 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def training_batches(
-    cache: ShardCache, batch_targets: int, seed: int, start_step: int = 0
+    cache: Texts, batch_targets: int, seed: int, start_step: int = 0
 ) -> Iterator[tuple[int, list[int]]]:
     """(epoch, texts) for every step from ``start_step`` on, without end."""
     epoch, step = 0, 0

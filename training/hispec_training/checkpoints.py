@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from hispec.errors import HispecError
 
 CHECKPOINT = "checkpoint.pt"
 BEST = "best.pt"
+TIMED = 30  # steps after which it is known how many fit into --minutes
 
 
 @dataclass
@@ -44,6 +46,28 @@ def learning_rate(peak: float, warmup_steps: int, steps: int, step: int) -> floa
         return peak * (step + 1) / warmup_steps
     done = (step - warmup_steps) / max(1, steps - warmup_steps)
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+
+
+def steps_that_fit(history: History, steps: int, minutes: float) -> int:
+    """Returns how many steps end after so many minutes of training, at most ``steps``.
+
+    Args:
+        history: Of at least ``TIMED`` steps, of which the first half is not timed: it compiles.
+        steps: Of the recipe.
+        minutes: From the first step on.
+    """
+    rows = history.losses
+    now = rows[-1]["seconds"]
+    each = (now - rows[-1 - TIMED // 2]["seconds"]) / (TIMED // 2)
+    return max(len(rows) + 1, min(steps, len(rows) + int((60 * minutes - now) / max(each, 1e-9))))
+
+
+def agree(accelerator: Accelerator, count: int) -> int:
+    """Returns the first process's count to all of them."""
+    if accelerator.num_processes == 1:
+        return count
+    mine = torch.tensor([count if accelerator.is_main_process else 0], device=accelerator.device)
+    return int(accelerator.reduce(mine, "sum"))
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:

@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="EXITS",
         help="keep the states at these layers, such as 4,8, for hispec train: 5 kB a token",
     )
-    add("--dtype", choices=["bf16", "fp32"], default="bf16")
+    add("--dtype", choices=["auto", "bf16", "fp32"], default="auto")
     add("--device", default="cpu")
     add("--resume", action="store_true", help="go on with a run that was stopped")
 
@@ -94,6 +94,11 @@ def main(args: argparse.Namespace) -> int:
     """
     _check(args)
     from hispec.model.checkpoint import open_checkpoint
+    from hispec.model.device import dtype_name
+    from hispec_training.trunk import fast_dtype
+
+    if args.dtype == "auto":
+        args.dtype = dtype_name(fast_dtype(args.device))
 
     checkpoint = open_checkpoint(args.model)
     records, skipped = _read_prompts(args)
@@ -141,13 +146,13 @@ def _decode(
 ) -> None:
     import torch
 
+    from hispec.model.device import DTYPES
     from hispec.model.llama import Llama, best_layout
     from hispec_training.decode import BatchDecoder
     from hispec_training.trunk import Trunk
 
     _keep_memory()
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[args.dtype]
-    device = torch.device(args.device)
+    dtype, device = DTYPES[args.dtype], torch.device(args.device)
     model: Trunk | Llama
     if best_layout(checkpoint.config, dtype, device) in ("tiles", "pairs"):
         model = Llama.load(checkpoint, dtype, device)

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_VALUES = 1 << 22  # logits of one model held at once, 16 MB in fp32
+from hispec_training.losses import chunk_values
 
 
 class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, original: Tensor, rows: Tensor) -> Tensor:
-        chunk = max(1, CHUNK_VALUES // rows.shape[0])
+        chunk = max(1, 2 * chunk_values(x.device) // rows.shape[0])
         grad = torch.empty_like(x)
         total = torch.zeros((), dtype=torch.float32, device=x.device)
         for start in range(0, x.shape[0], chunk):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hispec_training.batches import collate, fixed_roots
 from hispec_training.exits import Exits
-from hispec_training.shard_cache import ShardCache
+from hispec_training.shard_cache import Texts
 from hispec_training.shards import cut
 
 ROUND = 8
@@ -107,7 +107,7 @@ def tokens_per_ms(tally: Tally, draft_ms: float, costs: Costs = Costs()) -> tupl
 @torch.no_grad()
 def evaluate(
     exits: Exits,
-    cache: ShardCache,
+    cache: Texts,
     *,
     batch_tokens: int = 8192,
     shifts: Sequence[int] = (0,),
@@ -130,18 +130,19 @@ def evaluate(
     batches = cut(order, cache.lengths, batch_tokens)
     was_training = exits.training
     exits.eval()
+    device = next(exits.parameters()).device
     for indices in batches:
-        texts = [cache[i] for i in indices]
+        texts = cache.texts(indices)
         for shift in shifts:
             roots = [fixed_roots(t.first, len(t.pick), ROUND, shift) for t in texts]
-            batch = collate(texts, roots, exits.layers)
-            with torch.autocast(batch.positions.device.type, torch.bfloat16, enabled=autocast):
+            batch = collate(texts, roots, exits.layers).to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 guesses = exits(batch)
             for e, guess in guesses.items():
-                start = 0
+                right, start = (guess.picks == batch.pick).cpu(), 0
                 for text in texts:
                     part = slice(start, start + len(text.pick))
-                    _count(tallies[e], text.category, guess.picks[part] == text.pick, shift)
+                    _count(tallies[e], text.category, right[part], shift)
                     start = part.stop
     exits.train(was_training)
     return tallies

@@ -12,6 +12,7 @@ from hispec.model.checkpoint import Checkpoint
 from hispec_training.batches import Batch
 from hispec_training.heads import HeadSpec, build_heads, frequent_tokens
 from hispec_training.losses import sparse_cross_entropy, sparse_targets
+from hispec_training.trunk import fast_dtype
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Exits(nn.Module):
         specs: One per exit.
         checkpoint: The base; its head matrix is kept in ``dtype``, not as a parameter.
         counts: (V,) the target's picks in the training data, which rank the vocabulary.
-        dtype: Of the vocabulary product.
+        dtype: Of the vocabulary product; None for the device's fastest.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class Exits(nn.Module):
         specs: Sequence[HeadSpec],
         checkpoint: Checkpoint,
         counts: Tensor,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         config = checkpoint.config
@@ -50,7 +51,9 @@ class Exits(nn.Module):
         self.specs = {spec.exit_layer: spec for spec in specs}
         self.heads = build_heads(specs, checkpoint)
         name = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-        self._lm_head = [checkpoint.tensor(name).to(dtype)]  # (V, D), in a list: not a buffer
+        self._lm_head = [
+            checkpoint.tensor(name).to(dtype or fast_dtype())
+        ]  # (V, D), in a list: not a buffer
         for spec in specs:
             tokens = frequent_tokens(counts, spec.vocab_size, checkpoint.eos_token_ids)
             self.set_vocabulary(spec.exit_layer, tokens)

@@ -26,7 +26,7 @@ from hispec_training.card import model_card
 from hispec_training.exits import Exits
 from hispec_training.heads import ExitHead, HeadSpec
 from hispec_training.least_squares import start_from_neighbour
-from hispec_training.shard_cache import ShardCache
+from hispec_training.shard_cache import Texts
 
 VERSION = 1
 # peft names an adapter inside its tensors' names; the file has one and does not.
@@ -247,7 +247,7 @@ def donor_of(exit_layer: int, saved: TrainedExits) -> int:
     return min((int(name) for name in saved.heads), key=lambda e: (abs(e - exit_layer), e))
 
 
-def load_into(exits: Exits, saved: TrainedExits, cache: ShardCache | None = None) -> None:
+def load_into(exits: Exits, saved: TrainedExits, cache: Texts | None = None) -> None:
     """Heads under training take the weights of saved ones of the same shape (a warm start).
 
     Where none was saved at a head's layer, the nearest one serves behind a projection of its own.

@@ -23,7 +23,7 @@ from hispec_training.trunk import Trunk
 
 _BUCKET = 64  # positions by which a cache grows
 _GROUP = 16  # rows that share a cache
-_PROMPT_TOKENS = 4096  # padded tokens of prompts run together
+_PROMPT_TOKENS = {"cpu": 4096, "cuda": 1 << 15}  # padded tokens of prompts run together
 
 
 class _Group:
@@ -97,7 +97,9 @@ class TrunkBatch(Batch):
     def __init__(self, trunk: Trunk, rows: int, positions: int, layers: Sequence[int] = ()) -> None:
         super().__init__(rows, positions, layers, trunk.config.hidden_size)
         self.trunk = trunk
-        self.groups = [_Group(trunk, min(_GROUP, rows - i)) for i in range(0, rows, _GROUP)]
+        # A GPU has room for a few long rows' padding, and none to lose on launching many kernels.
+        size = _GROUP if trunk.device.type == "cpu" else rows
+        self.groups = [_Group(trunk, min(size, rows - i)) for i in range(0, rows, max(size, 1))]
 
     def free_rows(self) -> list[int]:
         """Free rows, those beside the longest texts first: long prompts belong together."""
@@ -123,19 +125,26 @@ class TrunkBatch(Batch):
         sizes = [len(request.prompt_ids) for request in requests]
         last = trunk.embedding.new_empty(len(rows), trunk.config.hidden_size)
         # One long prompt among short ones would pad them all.
-        for part in cut(sorted(range(len(rows)), key=lambda i: sizes[i]), sizes, _PROMPT_TOKENS):
+        order = sorted(range(len(rows)), key=lambda i: sizes[i])
+        for part in cut(order, sizes, _PROMPT_TOKENS[trunk.device.type]):
             width = max(sizes[i] for i in part)
             ids = torch.zeros(len(part), width, dtype=torch.long)
             for line, i in enumerate(part):
                 ids[line, : sizes[i]] = torch.tensor(list(requests[i].prompt_ids))
 
-            def attend(
-                layer: int, q: Tensor, k: Tensor, v: Tensor, part: list[int] = part
-            ) -> Tensor:
-                for line, i in enumerate(part):
-                    (group, place), length = places[rows[i]], sizes[i]
-                    group.keys[layer][place, :, :length] = k[line, :length].transpose(0, 1)
-                    group.values[layer][place, :, :length] = v[line, :length].transpose(0, 1)
+            homes = []  # each group with the lines of this part that it gets, and where
+            for group in self.groups:
+                mine = [(n, places[rows[i]][1]) for n, i in enumerate(part)
+                        if places[rows[i]][0] is group]  # fmt: skip
+                if mine:
+                    homes.append((group, *torch.tensor(mine, device=trunk.device).T))
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, homes: list = homes) -> Tensor:
+                # What lies past a prompt's end is overwritten before it is looked at.
+                for group, lines, at in homes:
+                    length = min(k.shape[1], group.capacity)
+                    group.keys[layer][at, :, :length] = k[lines, :length].transpose(1, 2)
+                    group.values[layer][at, :, :length] = v[lines, :length].transpose(1, 2)
                 return trunk.attend_causally(layer, q, k, v)
 
             positions = torch.arange(width, device=trunk.device).expand(len(part), width)

@@ -17,7 +17,7 @@ from torch import Tensor
 from hispec_training.batches import draw_roots, step_seed
 from hispec_training.exits import Exits
 from hispec_training.heads import ExitHead
-from hispec_training.shard_cache import CachedText, ShardCache
+from hispec_training.shard_cache import CachedText, Texts
 
 _RIDGE = 1e-4  # of the mean square of the inputs
 _TOKENS = 150_000  # responses looked at; the maps of 1,153 inputs change little beyond
@@ -25,7 +25,7 @@ _TOKENS = 150_000  # responses looked at; the maps of 1,153 inputs change little
 
 @torch.no_grad()
 def start_from_least_squares(
-    exits: Exits, cache: ShardCache, *, seed: int = 0, max_round: int = 6, tokens: int = _TOKENS
+    exits: Exits, cache: Texts, *, seed: int = 0, max_round: int = 6, tokens: int = _TOKENS
 ) -> None:
     """The heads with a projection hold the least-squares maps, their blocks are identities.
 
@@ -71,7 +71,7 @@ def start_from_least_squares(
 
 @torch.no_grad()
 def start_from_neighbour(
-    head: ExitHead, donor: ExitHead, cache: ShardCache, tokens: int = _TOKENS
+    head: ExitHead, donor: ExitHead, cache: Texts, tokens: int = _TOKENS
 ) -> None:
     """The head is another exit's, its projection the best linear guess at what that one reads.
 
@@ -86,12 +86,12 @@ def start_from_neighbour(
     here, there = head.spec.exit_layer, donor.spec.exit_layer
     head.load_state_dict(donor.state_dict())
     chosen = range(0, len(cache), max(1, sum(cache.response_lengths) // tokens))
-    head.input_scale.copy_(_sizes([cache[i].states[here] for i in chosen]))
+    texts = [text.cpu() for part in _parts(chosen) for text in cache.texts(part)]
+    head.input_scale.copy_(_sizes([text.states[here] for text in texts]))
     width = head.proj.weight.shape[0]
     squares = torch.zeros(width + 1, width + 1, dtype=torch.float64)
     products = torch.zeros(width + 1, width, dtype=torch.float64)
-    for index in chosen:
-        text = cache[index]
+    for text in texts:
         rows = slice(1, None)  # queries, and past positions that become keys; not the first token
         read = text.states[here][rows].float() / head.input_scale
         read = torch.cat([read, torch.ones(len(read), 1)], 1)
@@ -105,7 +105,7 @@ def start_from_neighbour(
 
 
 @torch.no_grad()
-def scale_inputs(head: ExitHead, cache: ShardCache, layer: int, texts: int = 64) -> None:
+def scale_inputs(head: ExitHead, cache: Texts, layer: int, texts: int = 64) -> None:
     """What the head's maps read is of size one in every dimension, for the optimizer's sake.
 
     The head computes what it did before: what the inputs are divided by, the maps' columns gain.
@@ -116,7 +116,8 @@ def scale_inputs(head: ExitHead, cache: ShardCache, layer: int, texts: int = 64)
         layer: The head's exit.
         texts: How many to look at.
     """
-    chosen = [cache[i] for i in range(0, len(cache), max(1, len(cache) // texts))]
+    every = range(0, len(cache), max(1, len(cache) // texts))
+    chosen = [text.cpu() for text in cache.texts(every)]
     head.set_input_scale(_sizes([text.states[layer] for text in chosen]))
     deep = [text.states[max(text.states)].float() for text in chosen]
     pairs = [(head.feature_layernorm, [head.feature_proj])] if head.spec.feature else []
@@ -138,14 +139,15 @@ def _sizes(states: list[Tensor]) -> Tensor:
 
 
 def _sums(
-    head: ExitHead, cache: ShardCache, texts: range, layer: int, seed: int, longest: int
+    head: ExitHead, cache: Texts, texts: range, layer: int, seed: int, longest: int
 ) -> tuple[list[Tensor], int]:
     """For each offset's map, inputs times [inputs, outputs] over its positions; all positions."""
     groups = max(1, head.spec.feature_maps if head.spec.feature else 1)
     sums: list[Tensor] = []
     count = 0
-    for start in range(0, len(texts), 64):
-        parts = [_rows(head, cache[i], layer, seed, i, longest) for i in texts[start : start + 64]]
+    for part in _parts(texts):
+        found = zip(cache.texts(part), part, strict=True)
+        parts = [_rows(head, text.cpu(), layer, seed, i, longest) for text, i in found]
         x, y, offsets = (torch.cat(part) for part in zip(*parts, strict=True))
         count += len(x)
         both = torch.cat([x, y], 1)
@@ -157,6 +159,11 @@ def _sums(
             else:
                 sums[j] += product
     return sums, count
+
+
+def _parts(texts: range) -> list[range]:
+    """The texts, so many at a time as fit into memory."""
+    return [texts[start : start + 64] for start in range(0, len(texts), 64)]
 
 
 def _rows(

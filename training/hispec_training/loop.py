@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,16 +31,19 @@ from hispec_training.batches import training_batches as stream
 from hispec_training.checkpoints import (
     BEST,
     CHECKPOINT,
+    TIMED,
     History,
+    agree,
     check_same_run,
     diverged,
     learning_rate,
     read_checkpoint,
+    steps_that_fit,
     write_checkpoint,
 )
 from hispec_training.evaluate import Tally, evaluate
 from hispec_training.exits import Exits
-from hispec_training.shard_cache import ShardCache
+from hispec_training.shard_cache import Texts
 
 
 @dataclass(frozen=True)
@@ -107,18 +110,21 @@ class Trainer:
         folder: For checkpoints.
         accelerator: Of the launched processes; a plain one if None.
         on_step: Called with each row of the history.
+        minutes: Make the recipe's steps so few that they take about so long.
     """
 
     def __init__(
         self,
         exits: Exits,
-        cache: ShardCache,
-        held_out: ShardCache | None,
+        cache: Texts,
+        held_out: Texts | None,
         recipe: Recipe,
         folder: Path,
         accelerator: Accelerator | None = None,
         on_step: Callable[[dict[str, float]], None] | None = None,
+        minutes: float | None = None,
     ) -> None:
+        self.minutes = minutes
         self.exits, self.cache, self.held_out = exits, cache, held_out
         self.recipe, self.folder = recipe, folder
         self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
@@ -148,14 +154,17 @@ class Trainer:
         batches = stream(
             self.cache, recipe.batch_targets, recipe.seed, self.step * recipe.accumulate
         )
-        while self.step < recipe.steps:
+        while self.step < self.recipe.steps:
             row = self._one_step(batches)
             self.elapsed_s = time.perf_counter() - start
             row |= {"step": self.step, "seconds": round(self.elapsed_s, 2)}
             self.history.losses.append(row)
             if self.on_step is not None and self.accelerator.is_main_process:
                 self.on_step(row)
-            last = self.step == recipe.steps
+            if self.minutes is not None and self.step == TIMED:
+                fit = steps_that_fit(self.history, recipe.steps, self.minutes)
+                self.recipe = replace(recipe, steps=agree(self.accelerator, fit))
+            last = self.step == self.recipe.steps
             if self.held_out is not None and (last or self.step % recipe.eval_every == 0):
                 self._look()
             if last or self.step % recipe.save_every == 0:
@@ -195,6 +204,8 @@ class Trainer:
             return False
         state = read_checkpoint(path)
         specs = [spec.to_dict() for spec in self.exits.specs.values()]
+        if self.minutes is not None and state["step"] >= TIMED:
+            self.recipe = replace(self.recipe, steps=state["recipe"]["steps"])
         check_same_run(path, asdict(self.recipe), state["recipe"], state["specs"] == specs, "heads")
         options = StateDictOptions(full_state_dict=True)
         set_state_dict(
@@ -253,7 +264,7 @@ class Trainer:
 
     def _batch(self, indices: Sequence[int]) -> Batch:
         """The batch of some texts, the rounds drawn from (seed, step, text)."""
-        texts, roots = [self.cache[i] for i in indices], []
+        texts, roots = self.cache.texts(indices), []
         for index, text in zip(indices, texts, strict=True):
             generator = torch.Generator()
             generator.manual_seed(step_seed(self.recipe.seed, self.step) * 1_000_033 + index)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from hispec.model.checkpoint import Checkpoint
     from hispec_training.adapt import LoraRecipe
     from hispec_training.checkpoints import History
-    from hispec_training.shard_cache import ShardCache
+    from hispec_training.shard_cache import Texts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,8 +80,8 @@ def main(args: argparse.Namespace) -> int:
     from hispec.model.checkpoint import open_checkpoint
     from hispec_training.adapt import LoraTrainer
     from hispec_training.adapter import LoraShape, Student, add_lora, save_adapter
+    from hispec_training.prepare import prepare
     from hispec_training.report import make_accelerator, reported
-    from hispec_training.trainer import prepare
 
     checkpoint = open_checkpoint(args.model)
     last = checkpoint.config.num_layers
@@ -98,7 +98,15 @@ def main(args: argparse.Namespace) -> int:
     student = Student(add_lora(checkpoint, exits, shape, dtype, args.seed))
     with reported(recipe, args.report_to, accelerator) as progress:
         trainer = LoraTrainer(
-            student, cache, held_out, recipe, work, accelerator, progress.add, args.save_minutes
+            student,
+            cache,
+            held_out,
+            recipe,
+            work,
+            accelerator,
+            progress.add,
+            args.save_minutes,
+            args.minutes,
         )
         if args.resume:
             trainer.resume()
@@ -108,15 +116,18 @@ def main(args: argparse.Namespace) -> int:
         history = trainer.run()
     if accelerator.is_main_process:
         save_adapter(student.model, args.out)
-        finish(args, checkpoint, exits, held_out, _facts(recipe, cache, history), history)
+        finish(args, checkpoint, exits, held_out, _facts(trainer.recipe, cache, history), history)
     accelerator.wait_for_everyone()
     return 0
 
 
-def make_recipe(args: argparse.Namespace, exits: Sequence[int], cache: ShardCache) -> LoraRecipe:
+def make_recipe(args: argparse.Namespace, exits: Sequence[int], cache: Texts) -> LoraRecipe:
     """The recipe of the options; epochs become steps."""
+    import torch
+
     from hispec_training.adapt import LoraRecipe
     from hispec_training.padded import text_batches
+    from hispec_training.trunk import fast_dtype
 
     steps = args.steps
     if steps is None:
@@ -139,6 +150,7 @@ def make_recipe(args: argparse.Namespace, exits: Sequence[int], cache: ShardCach
         seed=args.seed,
         eval_every=args.eval_every,
         save_every=args.save_every,
+        autocast=fast_dtype() is torch.bfloat16,
     )
 
 
@@ -146,7 +158,7 @@ def finish(
     args: argparse.Namespace,
     checkpoint: Checkpoint,
     exits: Sequence[int],
-    held_out: ShardCache | None,
+    held_out: Texts | None,
     facts: dict[str, Any],
     history: History,
 ) -> dict[str, Any]:
@@ -223,11 +235,11 @@ def compare(
     original: Checkpoint,
     adapted: Checkpoint,
     exits: Sequence[int],
-    held_out: ShardCache | None,
+    held_out: Texts | None,
     text: Path | None,
     text_tokens: int | None,
 ) -> dict[str, Any]:
-    """Returns perplexity and agreement of both, in bf16, one model in memory at a time."""
+    """Returns perplexity and agreement of both, one model in memory at a time."""
     import torch
 
     from hispec_training.quality import agreement, perplexity
@@ -313,7 +325,7 @@ Training: {training}.
 """
 
 
-def _facts(recipe: LoraRecipe, cache: ShardCache, history: History) -> dict[str, Any]:
+def _facts(recipe: LoraRecipe, cache: Texts, history: History) -> dict[str, Any]:
     from dataclasses import asdict
 
     return {

@@ -23,7 +23,7 @@ from hispec_training.exits import Exits
 from hispec_training.export import TrainedExits, load_into
 from hispec_training.options import run
 from hispec_training.shards import build_shards, read_examples
-from hispec_training.trunk import Trunk
+from hispec_training.trunk import Trunk, fast_dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,9 @@ def main(args: argparse.Namespace) -> int:
             layers=sorted({*exits.specs, checkpoint.config.num_layers}),
             progress=lambda done, total: print(f"{done}/{total} shards", file=sys.stderr),
         )
-        tallies = evaluate(exits, cache, shifts=range(args.shifts))
+        tallies = evaluate(
+            exits, cache, shifts=range(args.shifts), autocast=fast_dtype("cpu") is torch.bfloat16
+        )
     name = args.name or ", ".join(Path(name).name for name in args.data)
     tables = {e: {"texts": name, **tally.table()} for e, tally in tallies.items()}
     if args.write:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hispec_training.shard_cache import ShardCache
+from hispec_training.shard_cache import Texts
 from hispec_training.shards import cut
 
 
@@ -40,7 +40,7 @@ class TextBatch:
     final: Tensor
 
 
-def text_batches(cache: ShardCache, batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
+def text_batches(cache: Texts, batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
     """Returns a random order of batches of similar length, each at most ``batch_tokens`` padded."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     order = torch.randperm(len(cache), generator=generator).tolist()
@@ -57,7 +57,7 @@ def kept_count(length: int, fraction: float) -> int:
 
 
 def collate(
-    cache: ShardCache,
+    cache: Texts,
     indices: Sequence[int],
     final_layer: int,
     onward: Collection[int] = (),
@@ -74,11 +74,11 @@ def collate(
         fraction: Share of positions that have; drawn from (seed, text).
         seed: See there.
     """
-    texts = [cache[i] for i in indices]
+    texts = cache.texts(indices)
     shape = (len(texts), max(len(text.ids) for text in texts))
     ids = torch.zeros(shape, dtype=torch.int64)
     chosen, kept = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
-    final = [torch.zeros(0, texts[0].states[final_layer].shape[1], dtype=torch.bfloat16)]
+    final = [texts[0].states[final_layer][:0]]
     for row, (index, text) in enumerate(zip(indices, texts, strict=True)):
         length = len(text.ids)
         ids[row, :length] = text.ids

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hispec_training.shard_cache import ShardCache
+from hispec_training.shard_cache import Texts
 from hispec_training.shards import cut
 from hispec_training.trunk import Trunk
 
@@ -43,7 +43,7 @@ def perplexity(trunk: Trunk, ids: Sequence[int], *, window: int = 1024) -> float
         h = trunk.states(part, [part.shape[1]] * len(part), (last,))[last]
         wanted = part[:, 1:].flatten()
         for logits, y in _logits(trunk, h[:, :-1].flatten(0, 1), wanted):
-            loss += F.cross_entropy(logits.float(), y, reduction="sum").item()
+            loss += F.cross_entropy(logits.float(), y.to(h.device), reduction="sum").item()
             count += len(y)
     return math.exp(loss / max(1, count))
 
@@ -84,7 +84,7 @@ class Agreement:
 
 @torch.no_grad()
 def agreement(
-    trunk: Trunk, cache: ShardCache, exits: Sequence[int], *, limit: int | None = None
+    trunk: Trunk, cache: Texts, exits: Sequence[int], *, limit: int | None = None
 ) -> Agreement:
     """Returns how the picks of a model and its exits compare, teacher-forced on cached texts.
 
@@ -99,7 +99,7 @@ def agreement(
     texts = range(len(cache) if limit is None else min(limit, len(cache)))
     order = sorted(texts, key=lambda i: cache.lengths[i])
     for batch in cut(order, cache.lengths, _TOKENS):
-        group = [cache[i] for i in batch]
+        group = cache.texts(batch)
         lengths = [len(text.ids) for text in group]
         ids = torch.zeros(len(group), max(lengths), dtype=torch.long)
         for row, text in enumerate(group):

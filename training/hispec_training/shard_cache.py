@@ -1,11 +1,12 @@
-"""Cached texts, read: the shards that ``shards.py`` writes, mapped and counted through."""
+"""Texts to train on, and where they come from on a CPU: the shards that ``shards.py`` writes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import safe_open
@@ -14,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CachedText:
-    """One cached text.
+    """One text and what the trunk said about it.
 
     Attributes:
         ids: (T,) int32.
@@ -33,6 +34,36 @@ class CachedText:
     top_ids: Tensor
     top_logits: Tensor
     category: str
+
+    def cpu(self) -> CachedText:
+        """The same text in the host's memory."""
+        states = {e: h.cpu() for e, h in self.states.items()}
+        pick, top_ids, top_logits = (x.cpu() for x in (self.pick, self.top_ids, self.top_logits))
+        return replace(self, states=states, pick=pick, top_ids=top_ids, top_logits=top_logits)
+
+
+class Texts(Protocol):
+    """Texts with what the trunk said about them, kept (`ShardCache`) or said anew (`live.py`).
+
+    Attributes:
+        lengths: Tokens of each text.
+        response_lengths: Of them those with a target.
+    """
+
+    lengths: list[int]
+    response_lengths: list[int]
+
+    def __len__(self) -> int:
+        """How many there are."""
+
+    def __getitem__(self, index: int) -> CachedText:
+        """Raises IndexError past the last one, which ends an iteration."""
+
+    def texts(self, indices: Sequence[int]) -> list[CachedText]:
+        """Returns some of them, on whatever device they are; cheaper than one by one."""
+
+    def pick_counts(self, vocab_size: int) -> Tensor:
+        """(V,) int64: how often the target picked each token."""
 
 
 class ShardCache:
@@ -97,6 +128,10 @@ class ShardCache:
             top_logits=tensors["top_logits"][low:high],
             category=self._categories[shard][number],
         )
+
+    def texts(self, indices: Sequence[int]) -> list[CachedText]:
+        """Returns some of them."""
+        return [self[i] for i in indices]
 
     def pick_counts(self, vocab_size: int) -> Tensor:
         """(V,) int64: how often the target picked each token, in all texts of the shards."""

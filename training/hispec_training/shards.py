@@ -210,23 +210,39 @@ def _run(
     trunk: Backbone, group: Sequence[Example], layers: Sequence[int], top_k: int
 ) -> dict[str, Tensor | str]:
     """The tensors of one shard, its sequences in the group's order."""
+    return _pack(group, said_about(trunk, group, layers, top_k, BATCH_TOKENS))
+
+
+def said_about(
+    trunk: Backbone, group: Sequence[Example], layers: Sequence[int], top_k: int, limit: int
+) -> list[dict[str, Tensor]]:
+    """What the trunk says about some texts, by the names of a shard, in their order.
+
+    Args:
+        trunk: The model; what it says stays on its device.
+        group: The texts.
+        layers: Whose states are wanted, L among them.
+        top_k: Target logits for each response position.
+        limit: Padded tokens run at once.
+    """
     final = max(layers)
     found: list[dict[str, Tensor]] = [{} for _ in group]
     sizes = [len(example.ids) for example in group]
     order = sorted(range(len(group)), key=lambda i: sizes[i])
-    for batch in cut(order, sizes, BATCH_TOKENS):
-        length = max(len(group[i].ids) for i in batch)
-        ids = torch.zeros(len(batch), length, dtype=torch.int64)
+    for batch in cut(order, sizes, limit):
+        ids = torch.zeros(len(batch), max(sizes[i] for i in batch), dtype=torch.int64)
         for row, i in enumerate(batch):
-            ids[row, : len(group[i].ids)] = torch.tensor(group[i].ids)
-        lengths = torch.tensor([len(group[i].ids) for i in batch])
-        states = trunk.states(ids, lengths, layers)
+            ids[row, : sizes[i]] = torch.tensor(group[i].ids)
+        states = trunk.states(ids, torch.tensor([sizes[i] for i in batch]), layers)
+        places = [slice(group[i].prompt_length - 1, sizes[i] - 1) for i in batch]
+        asked = torch.cat([states[final][row, place] for row, place in enumerate(places)])
+        answers = _answers(trunk, asked, top_k)
+        counts = [place.stop - place.start for place in places]
+        parts = {name: values.split(counts) for name, values in answers.items()}
         for row, i in enumerate(batch):
-            size, first = len(group[i].ids), group[i].prompt_length - 1
-            kept = {f"state_{e}": states[e][row, :size].bfloat16() for e in layers}
-            kept |= _answers(trunk, states[final][row, first : size - 1], top_k)
-            found[i] = kept
-    return _pack(group, found)
+            kept = {f"state_{e}": states[e][row, : sizes[i]].bfloat16() for e in layers}
+            found[i] = kept | {name: values[row] for name, values in parts.items()}
+    return found
 
 
 def _pack(group: Sequence[Example], found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor | str]:
@@ -248,8 +264,9 @@ def _pack(group: Sequence[Example], found: Sequence[dict[str, Tensor]]) -> dict[
 def _answers(trunk: Backbone, states: Tensor, top_k: int) -> dict[str, Tensor]:
     """The target's pick and top logits at (R, D) final states, HEAD_ROWS at a time."""
     parts: dict[str, list[Tensor]] = {"pick": [], "top_ids": [], "top_logits": []}
-    for start in range(0, states.shape[0], HEAD_ROWS):
-        logits = trunk.logits(states[start : start + HEAD_ROWS])  # (n, V)
+    size = HEAD_ROWS if states.device.type == "cpu" else 8 * HEAD_ROWS
+    for start in range(0, states.shape[0], size):
+        logits = trunk.logits(states[start : start + size])  # (n, V)
         for name, found in zip(parts, top_picks(logits, top_k), strict=True):
             parts[name].append(found)
     return {name: torch.cat(values) for name, values in parts.items()}

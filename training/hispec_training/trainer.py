@@ -15,9 +15,7 @@ the first process prepares the cache, the others wait for it.
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +33,7 @@ from hispec_training.options import (
 if TYPE_CHECKING:
     from hispec.model.checkpoint import Checkpoint
     from hispec_training.loop import Recipe
-    from hispec_training.shard_cache import ShardCache
+    from hispec_training.shard_cache import Texts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--distill-minutes", type=float, default=None, help="bound on answering")
     data.add_argument("--cache-gb", type=float, default=None, help="bound on the cache of states")
     data.add_argument(
+        "--recompute",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="run the frozen layers for every batch, keep no states (default: on a GPU)",
+    )
+    data.add_argument(
         "--use-responses", action="store_true", help="take the data's answers, not the model's"
     )
     heads = parser.add_argument_group("heads (frozen mode)")
@@ -83,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_argument_group("steps")
     steps.add_argument("--steps", type=int, default=None, help="optimizer steps")
     steps.add_argument("--epochs", type=float, default=2.0, help="if --steps is not given")
+    steps.add_argument("--minutes", type=float, default=None, help="train no longer than this")
     steps.add_argument("--batch-targets", type=int, default=2048, help="response tokens of a batch")
     steps.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
     steps.add_argument("--lr", type=float, default=1e-3, help="peak, after a warm-up")
@@ -120,6 +125,7 @@ def train_heads(args: argparse.Namespace) -> int:
     from hispec_training.export import TrainedExits, donor_of, load_into
     from hispec_training.least_squares import start_from_least_squares
     from hispec_training.loop import Trainer
+    from hispec_training.prepare import prepare
     from hispec_training.report import make_accelerator, reported, write_report
 
     checkpoint = open_checkpoint(args.model)
@@ -147,13 +153,15 @@ def train_heads(args: argparse.Namespace) -> int:
             f"{recipe.steps} steps; {sum(p.numel() for p in exits.parameters()):,} parameters"
         )
     with reported(recipe, args.report_to, accelerator) as progress:
-        trainer = Trainer(exits, cache, held_out, recipe, work, accelerator, progress.add)
+        trainer = Trainer(
+            exits, cache, held_out, recipe, work, accelerator, progress.add, args.minutes
+        )
         if args.resume:
             trainer.resume()
         history = trainer.run()
     if accelerator.is_main_process:
         acceptance = measure(exits, held_out, recipe.autocast)
-        facts = run_facts(args, cache, recipe, history.losses[-1]["seconds"])
+        facts = run_facts(args, cache, trainer.recipe, history.losses[-1]["seconds"])
         made = TrainedExits.from_training(exits, checkpoint, acceptance, training=facts)
         made.save_pretrained(args.out)
         write_report(args.out / "report", history, acceptance)
@@ -177,77 +185,13 @@ def head_specs(args: argparse.Namespace, layers: list[int], checkpoint: Checkpoi
     return specs
 
 
-def prepare(
-    args: argparse.Namespace, checkpoint: Checkpoint, layers: list[int], work: Path, loud: bool
-) -> tuple[ShardCache, ShardCache | None]:
-    """The cached training and held-out texts; what is there and whole is not made again.
-
-    Without ``--held-out``, every 50th text (at least one, at most 200) is held out.
-    """
+def make_recipe(args: argparse.Namespace, cache: Texts) -> Recipe:
+    """The recipe of the options; epochs become steps."""
     import torch
 
-    from hispec_training.answers import shards_of
-    from hispec_training.shard_cache import ShardCache
-    from hispec_training.shards import Example, build_shards, find_states, read_examples
-    from hispec_training.trunk import Trunk
-
-    words = None
-    if 0 in layers:  # looked up when they are read: nothing has to be kept
-        layers = layers[1:]
-        words = checkpoint.tensor("model.embed_tokens.weight").bfloat16()
-    files = [_answered(args, Path(name), i, work, layers) for i, name in enumerate(args.data)]
-    counts: Counter[str] = Counter()
-    kept: list[Path] = []  # shards that distilling left
-    examples: list[Example] = []  # those of all other files
-    for file in files:
-        found, count = read_examples([file], args.max_length)
-        counts.update(count)
-        shards = sorted(shards_of(file).glob("shard-*.safetensors"))
-        if shards and find_states(shards, found, checkpoint.fingerprint, layers):
-            kept += shards
-        else:
-            examples += found
-    if loud:
-        say(", ".join(f"{n:,} {what}" for what, n in counts.items()))
-        if kept:
-            say(f"states of {len(kept)} shards are there from answering")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    trunk: list[Trunk] = []
-
-    def make_trunk() -> Trunk:
-        if not trunk:
-            trunk.append(Trunk(checkpoint, device=device))
-        return trunk[0]
-
-    def progress(done: int, total: int) -> None:
-        if loud:
-            say(f"states of {done}/{total} shards on disk")
-
-    common: dict[str, Any] = {"fingerprint": checkpoint.fingerprint, "layers": layers}
-    limit = None if args.cache_gb is None else int(args.cache_gb * 1e9)
-    if examples:
-        built = build_shards(
-            work / "cache", examples, make_trunk, max_bytes=limit, progress=progress, **common
-        )
-        kept += built.paths
-    cache, held_out = ShardCache(kept), None
-    if args.held_out:
-        aside, _ = read_examples([Path(name) for name in args.held_out], args.max_length)
-        held_out = build_shards(work / "held_out", aside, make_trunk, **common)
-    elif len(cache) > 1:
-        chosen = range(0, len(cache), 50)[:200]
-        rest = [i for i in range(len(cache)) if i not in chosen]
-        cache, held_out = ShardCache(kept, rest), ShardCache(kept, chosen)
-    for one in (cache, held_out):
-        if one:
-            one.words = words
-    return cache, held_out
-
-
-def make_recipe(args: argparse.Namespace, cache: ShardCache) -> Recipe:
-    """The recipe of the options; epochs become steps."""
     from hispec_training.batches import epoch_batches
     from hispec_training.loop import Recipe
+    from hispec_training.trunk import fast_dtype
 
     steps = args.steps
     if steps is None:
@@ -264,10 +208,11 @@ def make_recipe(args: argparse.Namespace, cache: ShardCache) -> Recipe:
         seed=args.seed,
         eval_every=args.eval_every,
         save_every=args.save_every,
+        autocast=fast_dtype() is torch.bfloat16,
     )
 
 
-def measure(exits: Any, held_out: ShardCache | None, autocast: bool) -> dict[int, dict[str, Any]]:
+def measure(exits: Any, held_out: Texts | None, autocast: bool) -> dict[int, dict[str, Any]]:
     """The acceptance table of every exit; empty without held-out texts."""
     from hispec_training.evaluate import ROUND, evaluate
 
@@ -278,7 +223,7 @@ def measure(exits: Any, held_out: ShardCache | None, autocast: bool) -> dict[int
 
 
 def run_facts(
-    args: argparse.Namespace, cache: ShardCache, recipe: Recipe, seconds: float
+    args: argparse.Namespace, cache: Texts, recipe: Recipe, seconds: float
 ) -> dict[str, Any]:
     """What the model card says about the run."""
     import platform
@@ -297,70 +242,11 @@ def run_facts(
     }
 
 
-def _answered(
-    args: argparse.Namespace, path: Path, index: int, work: Path, layers: list[int]
-) -> Path:
-    """The file itself if it holds tokenized answers, else one that does, made now."""
-    from hispec_training import distill
-    from hispec_training.data import read_jsonl
-
-    if path.exists() and path.is_file():
-        first = next(read_jsonl(path), None)
-        if first is None:
-            raise UsageError(f"{path} is empty: nothing to train on.")
-        if "response_ids" in first[1]:
-            return path
-    work.mkdir(parents=True, exist_ok=True)
-    if args.use_responses:
-        return _tokenized(args.model, path, work / f"tokenized-{index}.jsonl")
-    out = work / f"distilled-{index}.jsonl"
-    if out.exists():
-        return out
-    parser = argparse.ArgumentParser()
-    distill.add_arguments(parser)
-    given = ["--model", args.model, "--prompts", str(path), "--out", str(out), "--resume"]
-    given += ["--max-new-tokens", str(args.max_new_tokens), "--seed", str(args.seed)]
-    if args.cache_gb is None:  # the cache of states costs no pass of its own then
-        given += ["--states", ",".join(map(str, layers[:-1])) or "0"]
-    if args.distill_minutes is not None:
-        given += ["--minutes", str(args.distill_minutes)]
-    distill.main(parser.parse_args(given))
-    return out
-
-
-def _tokenized(model: str, source: Path, out: Path) -> Path:
-    """``out`` holds the source's own prompts and responses as token ids."""
-    from hispec.model.checkpoint import open_checkpoint
-    from hispec_training.data import encode_prompt, read_records
-    from hispec_training.files import write_atomically
-
-    checkpoint = open_checkpoint(model)
-    lines = []
-    for record in read_records(source).records:
-        if record.response is None:
-            continue
-        response = checkpoint.tokenizer(record.response, add_special_tokens=False)["input_ids"]
-        row = {
-            "id": record.id,
-            "category": record.category,
-            "prompt_ids": encode_prompt(record, checkpoint.tokenizer),
-            "response_ids": [*response, *checkpoint.eos_token_ids[:1]],
-        }
-        lines.append(json.dumps(row) + "\n")
-    if not lines:
-        raise UsageError(
-            f"{source} has no responses to train on: leave --use-responses out to have the model "
-            "answer the prompts."
-        )
-    write_atomically(out, "".join(lines))
-    return out
-
-
 def _check(args: argparse.Namespace) -> None:
     check_at_least_one(
         args, ("max_length", "batch_targets", "accumulate", "eval_every", "save_every", "steps")
     )
-    check_above_zero(args, ("lr", "epochs"))
+    check_above_zero(args, ("lr", "epochs", "minutes"))
     check_share(args, ("soft",))
     check_not_negative(args, ("head_vocab",))
     if not 0 <= args.dropout < 1:

@@ -21,6 +21,7 @@ from torch import Tensor
 from hispec.errors import UsageError
 from hispec.model.checkpoint import Checkpoint
 from hispec.model.config import ModelConfig, rope_frequencies
+from hispec.model.device import choose, cpu_has_bf16
 
 # (layer, queries (…, H, D_h), keys (…, H_kv, D_h), values (…, H_kv, D_h)) -> (…, H * D_h)
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -56,12 +57,21 @@ class _Layer:
     down: _Linear
 
 
+def fast_dtype(device: str = "auto") -> torch.dtype:
+    """Returns bf16 where the device multiplies it, fp32 elsewhere.
+
+    Args:
+        device: ``cpu``, ``cuda``, or ``auto`` for the one that training takes.
+    """
+    return torch.bfloat16 if choose(device).dtype is torch.bfloat16 else torch.float32
+
+
 class Trunk:
     """A frozen Llama over batches; activations in ``dtype``, norms inside in fp32.
 
     Args:
         checkpoint: The opened model.
-        dtype: Of weights and activations.
+        dtype: Of weights and activations; None for the device's fastest, see `fast_dtype`.
         device: Where to compute.
         pack: Pack weights for oneDNN (CPU only); None packs wherever it can.
     """
@@ -69,14 +79,15 @@ class Trunk:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
         device: str | torch.device = "cpu",
         pack: bool | None = None,
     ) -> None:
         self.config: ModelConfig = checkpoint.config
-        self.dtype = dtype
         self.device = torch.device(device)
+        dtype = self.dtype = dtype or fast_dtype(self.device.type)
         can_pack = self.device.type == "cpu" and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        can_pack &= dtype == torch.float32 or cpu_has_bf16()
         self._pack = can_pack if pack is None else pack and can_pack
         c = self.config
 

@@ -1,0 +1,205 @@
+"""What training reads: the target's answers, and what the frozen layers say about them.
+
+Prompts without answers are answered first (``distill``). On a CPU the states are kept on disk, so
+that the frozen layers run once; on a GPU they are computed anew for every batch (``live``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hispec.errors import UsageError
+from hispec_training.options import say
+
+if TYPE_CHECKING:
+    from hispec.model.checkpoint import Checkpoint
+    from hispec_training.shard_cache import ShardCache, Texts
+    from hispec_training.shards import Example
+    from hispec_training.trunk import Trunk
+
+
+def prepare(
+    args: argparse.Namespace, checkpoint: Checkpoint, layers: list[int], work: Path, loud: bool
+) -> tuple[Texts, Texts | None]:
+    """Returns the training and the held-out texts; what is there and whole is not made again.
+
+    Without ``--held-out``, every 50th text (at least one, at most 200) is held out.
+
+    Args:
+        args: Of ``hispec train``.
+        checkpoint: The base.
+        layers: Whose states are wanted, ascending, L last.
+        work: For the files made on the way.
+        loud: Whether this process says what it does.
+    """
+    from hispec_training.shards import read_examples
+
+    kept = [e for e in layers if e > 0]  # before the first layer, states are looked up
+    files = [_answered(args, Path(name), i, work, kept) for i, name in enumerate(args.data)]
+    read = [read_examples([file], args.max_length) for file in files]
+    aside: list[Example] = []
+    if args.held_out:
+        aside, _ = read_examples([Path(name) for name in args.held_out], args.max_length)
+    if loud:
+        counts = sum((Counter(count) for _, count in read), Counter[str]())
+        say(", ".join(f"{n:,} {what}" for what, n in counts.items()))
+    if recomputes(args):
+        return _live(checkpoint, layers, [x for found, _ in read for x in found], aside)
+    groups = {file: found for file, (found, _) in zip(files, read, strict=True)}
+    return _cached(args, checkpoint, layers, work, groups, aside, loud)
+
+
+def recomputes(args: argparse.Namespace) -> bool:
+    """Whether the frozen layers run for every batch."""
+    import torch
+
+    return torch.cuda.is_available() if args.recompute is None else args.recompute
+
+
+def _trunk(checkpoint: Checkpoint) -> Trunk:
+    import torch
+
+    from hispec_training.trunk import Trunk
+
+    return Trunk(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _split(count: int) -> tuple[list[int], list[int]]:
+    """Which of ``count`` texts to train on and which to hold out."""
+    chosen = range(0, count, 50)[:200]
+    return [i for i in range(count) if i not in chosen], list(chosen)
+
+
+def _live(
+    checkpoint: Checkpoint, layers: list[int], examples: list[Example], aside: list[Example]
+) -> tuple[Texts, Texts | None]:
+    from hispec_training.live import LiveTexts
+
+    trunk = _trunk(checkpoint)
+    if not aside and len(examples) > 1:
+        rest, chosen = _split(len(examples))
+        aside, examples = [examples[i] for i in chosen], [examples[i] for i in rest]
+    held_out = LiveTexts(aside, trunk, layers) if aside else None
+    return LiveTexts(examples, trunk, layers), held_out
+
+
+def _cached(
+    args: argparse.Namespace,
+    checkpoint: Checkpoint,
+    layers: list[int],
+    work: Path,
+    files: dict[Path, list[Example]],
+    aside: list[Example],
+    loud: bool,
+) -> tuple[ShardCache, ShardCache | None]:
+    from hispec_training.answers import shards_of
+    from hispec_training.shard_cache import ShardCache
+    from hispec_training.shards import build_shards, find_states
+
+    words = None
+    if 0 in layers:
+        layers = layers[1:]
+        words = checkpoint.tensor("model.embed_tokens.weight").bfloat16()
+    kept: list[Path] = []  # shards that distilling left
+    examples: list[Example] = []  # those of all other files
+    for file, found in files.items():
+        shards = sorted(shards_of(file).glob("shard-*.safetensors"))
+        if shards and find_states(shards, found, checkpoint.fingerprint, layers):
+            kept += shards
+        else:
+            examples += found
+    if loud and kept:
+        say(f"states of {len(kept)} shards are there from answering")
+    trunk: list[Trunk] = []
+
+    def make_trunk() -> Trunk:
+        if not trunk:
+            trunk.append(_trunk(checkpoint))
+        return trunk[0]
+
+    def progress(done: int, total: int) -> None:
+        if loud:
+            say(f"states of {done}/{total} shards on disk")
+
+    common: dict[str, Any] = {"fingerprint": checkpoint.fingerprint, "layers": layers}
+    limit = None if args.cache_gb is None else int(args.cache_gb * 1e9)
+    if examples:
+        built = build_shards(
+            work / "cache", examples, make_trunk, max_bytes=limit, progress=progress, **common
+        )
+        kept += built.paths
+    cache, held_out = ShardCache(kept), None
+    if aside:
+        held_out = build_shards(work / "held_out", aside, make_trunk, **common)
+    elif len(cache) > 1:
+        rest, chosen = _split(len(cache))
+        cache, held_out = ShardCache(kept, rest), ShardCache(kept, chosen)
+    for one in (cache, held_out):
+        if one:
+            one.words = words
+    return cache, held_out
+
+
+def _answered(
+    args: argparse.Namespace, path: Path, index: int, work: Path, layers: list[int]
+) -> Path:
+    """The file itself if it holds tokenized answers, else one that does, made now."""
+    from hispec_training import distill
+    from hispec_training.data import read_jsonl
+
+    if path.exists() and path.is_file():
+        first = next(read_jsonl(path), None)
+        if first is None:
+            raise UsageError(f"{path} is empty: nothing to train on.")
+        if "response_ids" in first[1]:
+            return path
+    work.mkdir(parents=True, exist_ok=True)
+    if args.use_responses:
+        return _tokenized(args.model, path, work / f"tokenized-{index}.jsonl")
+    out = work / f"distilled-{index}.jsonl"
+    if out.exists():
+        return out
+    parser = argparse.ArgumentParser()
+    distill.add_arguments(parser)
+    given = ["--model", args.model, "--prompts", str(path), "--out", str(out), "--resume"]
+    given += ["--max-new-tokens", str(args.max_new_tokens), "--seed", str(args.seed)]
+    if recomputes(args):
+        given += ["--device", "cuda", "--rows", "512", "--shard-rows", "4096"]
+    elif args.cache_gb is None:  # the cache of states costs no pass of its own then
+        given += ["--states", ",".join(map(str, layers[:-1])) or "0"]
+    if args.distill_minutes is not None:
+        given += ["--minutes", str(args.distill_minutes)]
+    distill.main(parser.parse_args(given))
+    return out
+
+
+def _tokenized(model: str, source: Path, out: Path) -> Path:
+    """``out`` holds the source's own prompts and responses as token ids."""
+    from hispec.model.checkpoint import open_checkpoint
+    from hispec_training.data import encode_prompt, read_records
+    from hispec_training.files import write_atomically
+
+    checkpoint = open_checkpoint(model)
+    lines = []
+    for record in read_records(source).records:
+        if record.response is None:
+            continue
+        response = checkpoint.tokenizer(record.response, add_special_tokens=False)["input_ids"]
+        row = {
+            "id": record.id,
+            "category": record.category,
+            "prompt_ids": encode_prompt(record, checkpoint.tokenizer),
+            "response_ids": [*response, *checkpoint.eos_token_ids[:1]],
+        }
+        lines.append(json.dumps(row) + "\n")
+    if not lines:
+        raise UsageError(
+            f"{source} has no responses to train on: leave --use-responses out to have the model "
+            "answer the prompts."
+        )
+    write_atomically(out, "".join(lines))
+    return out
