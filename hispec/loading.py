@@ -11,11 +11,13 @@ import torch
 from hispec.errors import UsageError
 from hispec.generation import LM
 from hispec.model.checkpoint import Checkpoint, open_checkpoint
-from hispec.model.device import choose
+from hispec.model.config import ModelConfig
+from hispec.model.device import Choice, choose
 from hispec.model.exits import Exits, shipped_exits
 from hispec.model.level import check_vocabulary
 from hispec.model.linear import Layout
 from hispec.model.llama import Llama
+from hispec.model.native import native_library
 from hispec.model.numerics import cached_min_width
 
 
@@ -57,8 +59,8 @@ def load(
     """
     if numerics not in ("exact", "fast"):
         raise UsageError(f"unknown numerics {numerics!r}. Use exact or fast.")
-    choice = choose(device, dtype)
     checkpoint = open_checkpoint(str(model))
+    choice = choose_for(checkpoint.config, device, dtype)
     if exits is None:
         trained = shipped_exits(checkpoint)
     else:
@@ -77,6 +79,25 @@ def load(
         below=[str(level) for level in levels],
         force_plan=force_plan,
     )
+
+
+def choose_for(config: ModelConfig | None, device: str = "auto", dtype: str = "auto") -> Choice:
+    """Returns what ``--device`` and ``--dtype`` mean for a model on this machine.
+
+    As :func:`~hispec.model.device.choose`, but for CPUs without bf16 arithmetic: there, too, bf16
+    is half the bytes to read, if the compiled passes, which widen it on the way, cover the model
+    (or are there at all, if it is None).
+
+    Raises:
+        UsageError: an unknown name, a device that is not there, a dtype it cannot compute in.
+    """
+    choice = choose(device, dtype)
+    if choice.device.type != "cpu" or dtype != "auto" or choice.dtype is torch.bfloat16:
+        return choice
+    library, _ = native_library(config, torch.bfloat16, choice.device)
+    if library is None:
+        return choice
+    return Choice(choice.device, torch.bfloat16, f"{choice.reason}, the compiled passes widen it")
 
 
 def open_lm(

@@ -32,14 +32,18 @@ def main(args: argparse.Namespace) -> int:
 
     import torch
 
-    from hispec.model.device import choose, dtype_name
+    from hispec.loading import choose_for
+    from hispec.model.device import dtype_name
+    from hispec.model.native import native_library
     from hispec.model.store import cache_dir
     from hispec_kernels import gpu
 
-    choice = choose(args.device, args.dtype)
+    choice = choose_for(None, args.device, args.dtype)
     _row("device", f"{choice.device.type}, {dtype_name(choice.dtype)} ({choice.reason})")
     if choice.device.type == "cpu":
         _row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
+        _, why = native_library(None, choice.dtype, choice.device)
+        _row("passes", f"torch's: {why}" if why else "compiled for this processor")
     else:
         _row("gpu", torch.cuda.get_device_name())
         why_no_kernels = gpu.why_not(choice.device)

@@ -31,16 +31,17 @@ from hispec_kernels import cpu
 
 
 def native_library(
-    config: ModelConfig, dtype: torch.dtype, device: torch.device
+    config: ModelConfig | None, dtype: torch.dtype, device: torch.device
 ) -> tuple[ctypes.CDLL | None, str]:
-    """Returns the compiled library for such a model, or None and the reason why not."""
+    """Returns the compiled library for such a model (any, if None), or None and why not."""
     if device.type != "cpu":
         return None, "the compiled passes are for CPUs"
     if dtype not in (torch.bfloat16, torch.float32):
         return None, f"the compiled passes do not cover {dtype}"
-    group = config.num_heads // config.num_kv_heads
-    if not cpu.covers(config.hidden_size, config.intermediate_size, config.head_dim, group):
-        return None, "the compiled passes cover sizes that are multiples of 32"
+    if config is not None:
+        group = config.num_heads // config.num_kv_heads
+        if not cpu.covers(config.hidden_size, config.intermediate_size, config.head_dim, group):
+            return None, "the compiled passes cover sizes that are multiples of 32"
     try:
         return _library(), ""
     except cpu.BuildError as error:

@@ -9,6 +9,7 @@ machine, library, number of threads, dtype and model, and remembered; heads like
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -26,10 +27,13 @@ from hispec.model.passes import Asked, Found
 from hispec.planner.cost_table import TARGET, CostTable, at, filled
 from hispec_kernels import top_k
 
-WIDTHS = (1, 2, 4, 8, 12, 16, 24, MAX_WIDTH)
+WIDTHS = (1, 2, 4, 8, 16, MAX_WIDTH)
 HEAD_WIDTHS = (1, 2, 4, 8, MAX_WIDTH)
 CONTEXT = 256
 REPEATS = 5
+#: After so much time there are two repeats at most: the first text waits for this, and the prices
+#: of rows follow ordinary passes afterwards.
+PATIENCE_S = 0.4
 LEVEL_ROWS = 4
 #: Tokens that a round commits: what a head with a memory has to catch up on at the next root.
 CAUGHT_UP = 2
@@ -99,7 +103,9 @@ def cost_table(
         anew: measure now, whatever is remembered.
     """
     context = max(min(context, model.config.max_positions - MAX_WIDTH), 2)
-    passes = remembered("passes", model, lambda: measure(model, context), str(context), anew=anew)
+    patience = math.inf if anew else PATIENCE_S
+    own = partial(measure, model, context, patience)
+    passes = remembered("passes", model, own, str(context), anew=anew)
     short, layers = passes["short"], model.config.num_layers
     scatter = [
         median / least - 1 for row in ("few", "all", "head") for least, median in passes[row]
@@ -116,7 +122,7 @@ def cost_table(
     depths, heads_s, round_s = {}, {}, {}
     for exit_layer in sorted(heads):
         name = f"exit {exit_layer}"
-        own = partial(measure_head, model, heads[exit_layer], exit_layer, context)
+        own = partial(measure_head, model, heads[exit_layer], exit_layer, context, patience)
         key = f"{label}|{exit_layer}|{context}"
         found = remembered("heads", model, own, key, anew=anew) if label else own()
         heads_s[name] = filled(
@@ -135,12 +141,13 @@ def cost_table(
     )
 
 
-def measure(model: Llama, context: int) -> dict[str, int | list[Times]]:
+def measure(model: Llama, context: int, patience: float) -> dict[str, int | list[Times]]:
     """Returns seconds of passes through few layers and through all, and of the head, by width.
 
     Args:
         model: the target.
         context: positions before them.
+        patience: see :func:`in_turn`.
 
     Returns:
         ``short``, the number of layers in ``few``; and ``few``, ``all`` and ``head``: for each of
@@ -162,13 +169,13 @@ def measure(model: Llama, context: int) -> dict[str, int | list[Times]]:
             tasks["all", width] = partial(through, layers, width)
             tasks["few", width] = partial(through, short, width)
             tasks["head", width] = partial(_head_alone, model, rows[:width])
-        times = in_turn(tasks, partial(_plain_pass, model, context, kv))
+        times = in_turn(tasks, partial(_plain_pass, model, context, kv), patience)
     found = {row: [times[row, width] for width in WIDTHS] for row in ("few", "all", "head")}
     return {"short": short, **found}
 
 
 def measure_head(
-    model: Llama, head: ExitHead, exit_layer: int, context: int
+    model: Llama, head: ExitHead, exit_layer: int, context: int, patience: float
 ) -> dict[str, list[Times]]:
     """Returns seconds of an exit's head over ``HEAD_WIDTHS`` rows, and over one at a new root."""
     layers = model.config.num_layers
@@ -185,7 +192,7 @@ def measure_head(
             ("rows", width): partial(logits, width, context) for width in HEAD_WIDTHS
         }
         tasks["root", 1] = partial(logits, 1, context - CAUGHT_UP)
-        times = in_turn(tasks, partial(_plain_pass, model, context, cache.kv))
+        times = in_turn(tasks, partial(_plain_pass, model, context, cache.kv), patience)
         head.truncate(0)
     return {"rows": [times["rows", width] for width in HEAD_WIDTHS], "root": [times["root", 1]]}
 
@@ -209,7 +216,9 @@ def _picked(found: Found) -> float:
 
 
 def in_turn(
-    tasks: Mapping[tuple[str, int], Callable[[], float]], between: Callable[[], None]
+    tasks: Mapping[tuple[str, int], Callable[[], float]],
+    between: Callable[[], None],
+    patience: float,
 ) -> dict[tuple[str, int], Times]:
     """Returns the least and the median time of each task, one after the other several times.
 
@@ -218,9 +227,13 @@ def in_turn(
         between: run before each, untimed. In a round a pass of the target comes between an exit's
             runs; without one, an exit's few layers and its head (30 MB) stay in the caches, and it
             seems to cost half of what it does.
+        patience: seconds after which no further round begins, if each task was timed once.
     """
+    begun = time.perf_counter()
     times: dict[tuple[str, int], list[float]] = {key: [] for key in tasks}
     for repeat in range(REPEATS + 1):
+        if repeat > 1 and time.perf_counter() - begun > patience:
+            break
         for key, task in tasks.items():
             between()
             started = time.perf_counter()

@@ -359,11 +359,15 @@ def from_bytes(linear: Linear) -> Tensor:
     return (levels.double() - 64) * linear.scale[: linear.rows, None]
 
 
+#: Those that keep bf16 in pairs, which is what bytes are read like.
+PAIRED = ("no tiles", "avx2")
+
+
+@pytest.mark.parametrize("build", PAIRED)
 @pytest.mark.parametrize("shape", ["gqa", "smollm2", "mha of 128", "group of 5", "head of 256"])
-def test_blocks_of_bytes_are_those_of_their_weights(shape: str) -> None:
-    setup = Setup(shape, torch.bfloat16, "native")
-    if setup.passes.draft_layout != "bytes":
-        pytest.skip("this processor reads no bytes")
+def test_blocks_of_bytes_are_those_of_their_weights(shape: str, build: str) -> None:
+    setup = Setup(shape, torch.bfloat16, build)
+    assert setup.passes.draft_layout == "bytes"
     setup.blocks = [weights.block("bytes") for weights in setup.weights]
     for weights, block in zip(setup.weights, setup.blocks, strict=True):
         for name, (weight, bias) in weights.linears.items():
@@ -378,12 +382,11 @@ def test_blocks_of_bytes_are_those_of_their_weights(shape: str) -> None:
         assert torch.equal(setup.run(CHUNKINGS[1]), first)
 
 
+@pytest.mark.parametrize("build", PAIRED)
 @pytest.mark.parametrize("rows", [1, 16, 33, 261])
 @pytest.mark.parametrize("size", [32, 576])
-def test_products_of_bytes(rows: int, size: int) -> None:
-    setup = Setup("least", torch.bfloat16, "native")
-    if setup.passes.draft_layout != "bytes":
-        pytest.skip("this processor reads no bytes")
+def test_products_of_bytes(rows: int, size: int, build: str) -> None:
+    setup = Setup("least", torch.bfloat16, build)
     bias, norm, x = setup.random(rows), setup.random(size), setup.random(67, size).float()
     linear = Linear(setup.random(rows, size) / math.sqrt(size), bias, "bytes")
     whole = setup.passes.project(linear, x, norm)

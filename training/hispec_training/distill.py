@@ -93,14 +93,15 @@ def main(args: argparse.Namespace) -> int:
         HispecError: Bad options or data, or the disk is full.
     """
     _check(args)
-    from hispec.model.checkpoint import open_checkpoint
-    from hispec.model.device import dtype_name
-    from hispec_training.trunk import fast_dtype
+    import torch
 
-    if args.dtype == "auto":
-        args.dtype = dtype_name(fast_dtype(args.device))
+    from hispec.loading import choose_for
+    from hispec.model.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(args.model)
+    if args.dtype == "auto":
+        bf16 = choose_for(checkpoint.config, args.device).dtype is torch.bfloat16
+        args.dtype = "bf16" if bf16 else "fp32"
     records, skipped = _read_prompts(args)
     rows, cut = plan_rows(
         records,

@@ -29,7 +29,7 @@ _SOURCES = [
     )
 ]
 #: What ``bf16_layout`` returns, by name.
-LAYOUTS: tuple[Literal["plain", "tiles", "pairs"], ...] = ("plain", "tiles", "pairs")
+LAYOUTS: tuple[Literal["tiles", "pairs"], ...] = ("tiles", "pairs")
 _FLAGS = ["-std=gnu11", "-O3", "-march=native", "-fno-math-errno", "-fopenmp", "-fPIC", "-shared"]
 
 

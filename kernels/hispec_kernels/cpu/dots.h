@@ -1,4 +1,10 @@
-/* Dot products of bf16 pairs: panels of 16 rows times up to 16 operands. See pairs.inc.h.
+/* Products of bf16 with bf16: panels of 16 rows, their values in pairs, times up to 16 operands. See
+   pairs.inc.h.
+
+   Where the processor has dot products of pairs (AVX512-BF16), one instruction takes a pair of each row
+   times a pair of an operand, and operands lie in pairs like weights. Elsewhere the halves of the pairs
+   become floats, and multiply-adds take operands as floats that were rounded to bf16: a panel read once
+   is multiplied with all of them, so that a pass over 8 rows waits for memory as long as one over 1.
 
    Weights of a head that only drafts may be whole numbers of 7 bits, a byte each, with a scale a row: half
    the bytes to stream. A byte u becomes the bf16 128 + u by setting the bits of an exponent above it;
@@ -11,6 +17,27 @@
 #define MIDDLE 64 /* the byte of a weight of zero */
 
 typedef int32_t __attribute__((may_alias)) pair_t;
+
+/* What one call of dots does:
+
+   out[t * ldo + 16 p] (16 rows): P panels, of n values a row, times T operands. Each is one chain over
+   k. On the way the P panels that are read next are fetched into the second-level cache; they lie
+   together, or the halves of them do. Panels are read side by side, but memory is read in the order in
+   which it lies: hardware does not prefetch past a page, and eight streams of them reach 85 % of the
+   bandwidth that one or two do. */
+static inline __attribute__((always_inline)) void fetch(const void *const *next, const int bytes,
+                                                        int64_t k, const int P, const int p) {
+  const int half = P > 1 ? P / 2 : 1, line = 2 * TILE * bytes;
+  const int64_t ahead = k * half + p % half;
+  if (line == 64 || ahead % 2 == 0) /* two lines of 32 bytes are one of the cache's */
+    __builtin_prefetch((const char *)next[p / half * half] + ahead * line, 0, 2);
+}
+
+#if HAS_DOTS
+typedef uint16_t operand_t; /* [t / 16][k / 2][t % 16][k % 2] */
+#define OPERAND_AT(x, t, ldx) ((x) + 2 * (t))
+#define MOST 16 /* operands multiplied at once */
+#define FITS(P, T) (P * T + P <= 30) /* into the registers */
 
 /* sum += the panel's pairs x one pair. The intrinsic would load the pair in an instruction of its own. */
 static inline vf dot_pairs(vf sum, vu panel, const uint16_t *pair) {
@@ -29,17 +56,13 @@ static inline vu pairs_at(const char *w, const int bytes) {
                              _mm512_set1_epi16(0x4300));
 }
 
-/* out[t * ldo + 16 p] (16 rows): P panels, of n values a row, times T operands. Each is one chain over
-   k. On the way the P panels that are read next are fetched into the second-level cache; they lie
-   together, or the halves of them do. Panels are read side by side, but memory is read in the order in
-   which it lies: hardware does not prefetch past a page, and eight streams of them reach 85 % of the
-   bandwidth that one or two do. */
 static inline __attribute__((always_inline)) void dots(const void *const *w, const int bytes,
-                                                       const uint16_t *x, int64_t n, const int P,
-                                                       const int T, const void *const *next,
-                                                       float *out, int64_t ldo) {
-  const int half = P > 1 ? P / 2 : 1, line = 2 * TILE * bytes;
+                                                       const operand_t *x, int64_t ldx, int64_t n,
+                                                       const int P, const int T,
+                                                       const void *const *next, int64_t turn,
+                                                       int64_t turns, float *out, int64_t ldo) {
   vf sum[PANELS][TILE];
+  (void)ldx, (void)turn, (void)turns; /* there is one */
 #pragma GCC unroll 16
   for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
@@ -48,10 +71,8 @@ static inline __attribute__((always_inline)) void dots(const void *const *w, con
     vu panel[PANELS];
 #pragma GCC unroll 4
     for (int p = 0; p < P; p++) {
-      panel[p] = pairs_at((const char *)w[p] + k * line, bytes);
-      const int64_t ahead = k * half + p % half;
-      if (line == 64 || ahead % 2 == 0) /* two lines of 32 bytes are one of the cache's */
-        __builtin_prefetch((const char *)next[p / half * half] + ahead * line, 0, 2);
+      panel[p] = pairs_at((const char *)w[p] + k * 2 * TILE * bytes, bytes);
+      fetch(next, bytes, k, P, p);
     }
 #pragma GCC unroll 16
     for (int t = 0; t < T; t++)
@@ -64,38 +85,127 @@ static inline __attribute__((always_inline)) void dots(const void *const *w, con
     for (int p = 0; p < P; p++) memcpy(out + t * ldo + p * TILE, &sum[p][t], 64);
 }
 
+#else
+typedef float operand_t; /* [t][k], each value a bf16 */
+#define OPERAND_AT(x, t, ldx) ((x) + (t) * (ldx))
+
+/* Vectors as wide as registers are: the compiler would keep wider ones in memory. */
+#if defined(__AVX512F__)
+#define WIDE 16
+#define MOST 16
+#define FITS(P, T) (P * T + 2 * P <= 30)
+#else
+#if defined(__AVX2__)
+#define WIDE 8
+#else
+#define WIDE 4
+#endif
+#define MOST 6
+#define FITS(P, T) (T == 1 || P * T + P <= 7) /* a panel's 16 lanes take two of 16, or four of 32 */
+#endif
+#define PARTS (TILE / WIDE) /* of a panel */
+typedef float wf __attribute__((vector_size(4 * WIDE)));
+typedef uint32_t wu __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t wh __attribute__((vector_size(2 * WIDE)));
+
+/* The even or the odd values of some rows' pairs at w, of bf16 or of bytes. */
+static inline wf values_at(const char *w, const int bytes, const int odd) {
+  wu pairs;
+  if (bytes == 2) {
+    memcpy(&pairs, w, sizeof pairs);
+    return (wf)(odd ? pairs & 0xffff0000u : pairs << 16);
+  }
+  wh both; /* two bytes a row */
+  memcpy(&both, w, sizeof both);
+  pairs = __builtin_convertvector(both, wu);
+  return (wf)((odd ? pairs >> 8 << 16 : (pairs & 0xffu) << 16) | 0x43000000u);
+}
+
+static inline __attribute__((always_inline)) void dots(const void *const *w, const int bytes,
+                                                       const operand_t *x, int64_t ldx, int64_t n,
+                                                       const int P, const int T,
+                                                       const void *const *next, int64_t turn,
+                                                       int64_t turns, float *out, int64_t ldo) {
+  wf sum[PANELS * PARTS][MOST];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; t++)
+#pragma GCC unroll 16
+    for (int p = 0; p < P * PARTS; p++) sum[p][t] = (wf){0};
+  for (int64_t k = 0; k < n / 2; k++) {
+    if (turn-- == 0) {
+#pragma GCC unroll 4
+      for (int p = 0; p < P; p++) fetch(next, bytes, k, P, p);
+      turn = turns - 1;
+    }
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; odd++) {
+      wf part[PANELS * PARTS];
+#pragma GCC unroll 16
+      for (int p = 0; p < P * PARTS; p++)
+        part[p] = values_at((const char *)w[p / PARTS] + (k * PARTS + p % PARTS) * 2 * WIDE * bytes,
+                            bytes, odd);
+#pragma GCC unroll 16
+      for (int t = 0; t < T; t++) {
+        const float value = x[t * ldx + 2 * k + odd];
+#pragma GCC unroll 16
+        for (int p = 0; p < P * PARTS; p++) sum[p][t] += part[p] * value;
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int t = 0; t < T; t++)
+#pragma GCC unroll 16
+    for (int p = 0; p < P * PARTS; p++) memcpy(out + t * ldo + p * WIDE, &sum[p][t], sizeof(wf));
+}
+#endif
+
 /* As dots, for any count of panels and up to 16 operands: as many panels at once as the registers can
-   hold sums of. One function for each size of weights. */
-#define SOME(T, P) \
-  for (; p + P <= count; p += P) dots(w + p, bytes, x, n, P, T, next + p, out + p * TILE, ldo);
-#define FOUR(T) case T: SOME(T, 4) SOME(T, 2) SOME(T, 1) break;
-#define TWO(T) case T: SOME(T, 2) SOME(T, 1) break;
-#define ONE(T) case T: SOME(T, 1) break;
+   hold sums of; where they cannot hold those of one, some operands after the others, which take turns
+   at fetching. One function for each size of weights. */
+#define SOME(T, P)                                                                                  \
+  if (FITS(P, T))                                                                                   \
+    for (; p + P <= count; p += P)                                                                  \
+      dots(w + p, bytes, x, ldx, n, P, T, next + p, turn, turns, out + p * TILE, ldo);
+#define CASE(T) case T: SOME(T, 4) SOME(T, 2) SOME(T, 1) break;
 #define PRODUCTS(name, bytes_)                                                                      \
-  static void name(const void *const *w, int64_t count, const uint16_t *x, int64_t n, int T,        \
-                   const void *const *next, float *out, int64_t ldo) {                              \
-    const int bytes = bytes_;                                                                       \
-    int64_t p = 0;                                                                                  \
-    switch (T) {                                                                                    \
-      FOUR(1) FOUR(2) FOUR(3) FOUR(4) FOUR(5) FOUR(6)                                               \
-      TWO(7) TWO(8) TWO(9) TWO(10) TWO(11) TWO(12) TWO(13) TWO(14)                                  \
-      ONE(15) ONE(16)                                                                               \
+  static void name(const void *const *w, int64_t count, const operand_t *x, int64_t ldx, int64_t n, \
+                   int T, const void *const *next, float *out, int64_t ldo) {                       \
+    const int bytes = bytes_, turns = (T + MOST - 1) / MOST;                                        \
+    for (int turn = 0; turn < turns; turn++) {                                                      \
+      const int some = (T - turn - 1) / turns + 1; /* turns differ by one at most */                \
+      int64_t p = 0;                                                                                \
+      switch (some) {                                                                               \
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) OTHERS                                      \
+      }                                                                                             \
+      x = OPERAND_AT(x, some, ldx);                                                                 \
+      out += some * ldo;                                                                            \
     }                                                                                               \
   }
+#if MOST > 6
+#define OTHERS \
+  CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16)
+#else
+#define OTHERS
+#endif
 PRODUCTS(panels, 2)
 PRODUCTS(panels_of_bytes, 1)
 #undef SOME
-#undef FOUR
-#undef TWO
-#undef ONE
+#undef CASE
+#undef OTHERS
 #undef PRODUCTS
 
 /* sums[t]: of the values of each operand, as a panel of ones. */
-static inline void operand_sums(const uint16_t *x, int64_t n, int64_t T, float *sums) {
-  const vu ones = (vu)_mm512_set1_epi16(0x3f80);
+static inline void operand_sums(const operand_t *x, int64_t n, int64_t T, float *sums) {
   for (int64_t t = 0; t < T; t++) {
+#if HAS_DOTS
+    const vu ones = (vu)_mm512_set1_epi16(0x3f80);
     vf sum = splat(0.0f);
     for (int64_t k = 0; k < n * TILE; k += 2 * TILE) sum = dot_pairs(sum, ones, x + k + 2 * t);
     sums[t] = sum[0];
+#else
+    float sum = 0.0f;
+    for (int64_t k = 0; k < n; k++) sum += x[t * n + k];
+    sums[t] = sum;
+#endif
   }
 }

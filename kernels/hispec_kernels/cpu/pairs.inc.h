@@ -1,8 +1,7 @@
-/* Products and attention of bf16 by AVX512-BF16's dot products of pairs. See passes.inc.h.
+/* Products and attention of bf16 in pairs. See passes.inc.h.
 
-   Sixteen rows of a matrix lie interleaved in pairs, a "panel": [k / 2][row][k % 2]. An instruction
-   takes a pair of each of them times one pair of an operand, so 16 sums grow side by side, none across
-   lanes, and weights need no unpacking. Keys lie in panels of 16 positions, values in panels of 16
+   Sixteen rows of a matrix lie interleaved in pairs, a "panel": [k / 2][row][k % 2]. What is multiplied
+   with it is a pair of an operand at a time, so 16 sums grow side by side, none across lanes. Keys lie in panels of 16 positions, values in panels of 16
    dimensions for each SPLIT positions: scores and weighted sums are products too. dots.h has them. */
 
 #include "dots.h"
@@ -54,7 +53,7 @@ static void NAME(product)(const WEIGHT_T *w, const float *scale, const float *bi
     }
     for (int64_t from = 0; from < width; from += TILE) {
       const int64_t some = width - from < TILE ? width - from : TILE;
-      PRODUCT(panel, count, x + from * n, n, (int)some, from ? panel : next, sums[0], PANELS * TILE);
+      PRODUCT(panel, count, x + from * n, n, n, (int)some, from ? panel : next, sums[0], PANELS * TILE);
 #if SEVEN
       for (int64_t p = 0; p < count; p++)
         NAME(scaled)(sums, whole + from, some, scale, row + p * TILE, p);
@@ -92,7 +91,7 @@ static void NAME(gated)(const WEIGHT_T *w, const float *scale, const float *bias
     }
     for (int64_t from = 0; from < width; from += TILE) {
       const int64_t some = width - from < TILE ? width - from : TILE;
-      PRODUCT(panel, 2 * pairs, x + from * n, n, (int)some, from ? panel : next, sums[0],
+      PRODUCT(panel, 2 * pairs, x + from * n, n, n, (int)some, from ? panel : next, sums[0],
               PANELS * TILE);
 #if SEVEN
       for (int64_t p = 0; p < 2 * pairs; p++)
@@ -138,8 +137,8 @@ static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, co
                              const STORE_T *keys, const STORE_T *values, int64_t slot,
                              const nodes_t *nodes, int64_t rows, int64_t group, int64_t dim,
                              float scale, int64_t head, NAME(operand) * mixed, int64_t n, int64_t t) {
-  uint16_t q[MAX_HEAD * TILE] __attribute__((aligned(64))); /* an operand: [d / 2][query][d % 2] */
-  uint16_t p[SPLIT * TILE] __attribute__((aligned(64)));    /* an operand: [position / 2][query][] */
+  operand_t q[MAX_HEAD * TILE] __attribute__((aligned(64))); /* an operand: D_h values a query */
+  operand_t p[SPLIT * TILE] __attribute__((aligned(64)));    /* an operand: SPLIT values a query */
   float score[TILE][SPLIT] __attribute__((aligned(64)));
   float by_slot[TILE][2 * MAX_NODES] __attribute__((aligned(64))); /* scores from `tail` on */
   float part[TILE][MAX_HEAD] __attribute__((aligned(64)));
@@ -176,7 +175,7 @@ static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, co
   const int64_t tail = nodes ? nodes->root / TILE * TILE : INT64_MAX;
   for (int64_t i = tail; i < slot + rows; i += TILE) {
     panel[0] = keys + i * dim;
-    panels(panel, 1, q, dim, queries, panel, by_slot[0] + (i - tail), 2 * MAX_NODES);
+    panels(panel, 1, q, dim, dim, queries, panel, by_slot[0] + (i - tail), 2 * MAX_NODES);
   }
   for (int64_t base = 0; base <= last; base += SPLIT) {
     const int64_t count = last + 1 - base < SPLIT ? last + 1 - base : SPLIT;
@@ -185,7 +184,7 @@ static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, co
       panel[whole] = keys + (base + whole * TILE) * dim;
       next[whole] = values + (base + whole * TILE) * dim;
     }
-    panels(panel, whole, q, dim, queries, next, score[0], SPLIT);
+    panels(panel, whole, q, dim, dim, queries, next, score[0], SPLIT);
     for (int c = 0; c < queries; c++) {
       const int64_t r = c / group, seen = own[r] + 1 - base < SPLIT ? own[r] + 1 - base : SPLIT;
       for (int64_t i = whole * TILE; i < seen; i++) {
@@ -214,14 +213,14 @@ static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, co
         panel[d / TILE] = values + base * dim + d * SPLIT;
         next[d / TILE] = keys + (base + SPLIT) * dim + d * SPLIT;
       }
-      panels(panel, dim / TILE, p, length, queries, next, part[0], MAX_HEAD);
+      panels(panel, dim / TILE, p, SPLIT, length, queries, next, part[0], MAX_HEAD);
     } else {
       for (int64_t d = 0; d < dim; d += TILE) panel[d / TILE] = gathered + d * SPLIT;
       for (int64_t r = 0; r < rows; r++) {
         if (r == 0 || branch[r] != branch[r - 1])
           NAME(gather)(values, nodes, slot + branch[r], base, count, dim, gathered);
-        panels(panel, dim / TILE, p + 2 * r * group, length, (int)group, panel, part[r * group],
-               MAX_HEAD);
+        panels(panel, dim / TILE, OPERAND_AT(p, r * group, SPLIT), SPLIT, length, (int)group, panel,
+               part[r * group], MAX_HEAD);
       }
     }
     for (int c = 0; c < queries; c++)

@@ -9,12 +9,12 @@
    of 7 bits beside a cache of bf16 (dots.h).
 
    Products with bf16 weights use AMX tiles where the processor has them: 16 weight rows times up to
-   16 operands in one instruction, so that a pass over 8 rows costs little more than one over 1
-   (operands are rounded to bf16 there, as every bf16 library does). Next best are dot products of bf16
-   pairs, rounded likewise; elsewhere they are fused multiply-adds on vectors.
+   16 operands in one instruction, so that a pass over 8 rows costs little more than one over 1. Next
+   best are dot products of bf16 pairs; elsewhere pairs are widened and multiplied as floats. Operands
+   are rounded to bf16, as every bf16 library does.
 
    Exactness. Each output is one chain of multiply-adds in an order that its own operands fix: a dot
-   product walks its row once, in tiles or in vectors of 16 lanes that are added as a fixed tree;
+   product walks its row once, in tiles, in pairs or in vectors of 16 lanes that are added as a fixed tree;
    attention walks positions in ascending order in blocks of 128, merged in order. Which other rows
    share the pass, how many, and how many threads there are changes nothing. Every width is in the
    width class. A node of a draft tree walks its own path in order of position, wherever its ancestors
@@ -32,14 +32,14 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif defined(__AVX512BF16__) && defined(__AVX512BW__)
-#define HAS_PAIRS 1
+#define HAS_DOTS 1
 #include <immintrin.h>
 #endif
 #ifndef HAS_AMX
 #define HAS_AMX 0
 #endif
-#ifndef HAS_PAIRS
-#define HAS_PAIRS 0
+#ifndef HAS_DOTS
+#define HAS_DOTS 0
 #endif
 
 #define SPLIT 128     /* positions a softmax partial covers; a cache's length is a multiple */
@@ -108,7 +108,6 @@ static inline vu bf16_words(vf x) {
   const vu u = (vu)x;
   return (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
 }
-typedef uint16_t vh __attribute__((vector_size(2 * LANES)));
 static inline vh bf16_lanes(vf x) { return __builtin_convertvector(bf16_words(x), vh); }
 
 /* The part of n items that thread `id` of `threads` takes. */
@@ -160,10 +159,9 @@ int amx_allowed(void) { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 int amx_allowed(void) { return 1; } /* nothing to ask for */
 #endif
 
-/* How bf16 weights are to lie: 0 row-major; else rows padded to 16, 1 in tiles:
-   [row / 16][k / 32][row % 16][k % 32], 2 in pairs: [row / 16][k / 2][row % 16][k % 2]. Bytes lie in pairs
-   too, where these are read. */
-int bf16_layout(void) { return HAS_AMX ? 1 : HAS_PAIRS ? 2 : 0; }
+/* How bf16 weights are to lie, rows padded to 16: 0 in tiles, [row / 16][k / 32][row % 16][k % 32], 1 in
+   pairs, [row / 16][k / 2][row % 16][k % 2]. Bytes lie in pairs too, where these are read. */
+int bf16_layout(void) { return HAS_AMX ? 0 : 1; }
 
 #define NAME(x) x##_bf16
 #define STORE_T uint16_t
@@ -176,7 +174,7 @@ int bf16_layout(void) { return HAS_AMX ? 1 : HAS_PAIRS ? 2 : 0; }
 #undef WEIGHT_T
 #undef SEVEN
 
-#if HAS_PAIRS
+#if !HAS_AMX
 #define NAME(x) x##_bytes
 #define WEIGHT_T uint8_t
 #define SEVEN 1

@@ -13,21 +13,34 @@
 
 #define STEP 32 /* values a turn of a dot product takes */
 
-#if BF16 && (HAS_AMX || HAS_PAIRS)
-/* 16 vectors interleaved in pairs of values: [t / 16][k / 2][t % 16][k % 2]. */
-typedef uint16_t NAME(operand);
-#define OPERAND_FLOATS(width, n) (((width) + TILE - 1) / TILE * TILE * (n) / 2)
-static inline void NAME(put_lanes)(NAME(operand) * x, int64_t n, int64_t t, int64_t k, vf values) {
+#if BF16
+/* Puts 16 values among vectors interleaved in pairs: [t / 16][k / 2][t % 16][k % 2]. */
+static inline void NAME(put_pairs)(uint16_t *x, int64_t n, int64_t t, int64_t k, vf values) {
   uint32_t *cell = (uint32_t *)(x + (t / TILE) * TILE * n + k * TILE) + t % TILE, pairs[LANES / 2];
   const vh rounded = bf16_lanes(values);
   memcpy(pairs, &rounded, sizeof pairs);
   for (int j = 0; j < LANES / 2; j++) cell[j * TILE] = pairs[j];
 }
+
+#if HAS_AMX || HAS_DOTS
+typedef uint16_t NAME(operand);
+#define OPERAND_FLOATS(width, n) (((width) + TILE - 1) / TILE * TILE * (n) / 2)
+static inline void NAME(put_lanes)(NAME(operand) * x, int64_t n, int64_t t, int64_t k, vf values) {
+  NAME(put_pairs)(x, n, t, k, values);
+}
+#else
+typedef float NAME(operand);
+#define OPERAND_FLOATS(width, n) ((width) * (n))
+static inline void NAME(put_lanes)(NAME(operand) * x, int64_t n, int64_t t, int64_t k, vf values) {
+  const vf rounded = (vf)(bf16_words(values) << 16);
+  memcpy(x + t * n + k, &rounded, 64);
+}
+#endif
 #endif
 
 #if BF16 && HAS_AMX
 #include "tiles.inc.h"
-#elif BF16 && HAS_PAIRS
+#elif BF16
 #include "pairs.inc.h"
 #else
 #include "vectors.inc.h"
@@ -54,11 +67,11 @@ static inline void NAME(store)(STORE_T *p, float x) {
 
 /* The key of a new position, D_h values, into a KV head's cache. */
 static inline void NAME(remember_key)(STORE_T *keys, int64_t position, int64_t dim, const float *key) {
-#if BF16 && HAS_PAIRS
+#if BF16 && !HAS_AMX
   for (int64_t d = 0; d < dim; d += LANES) {
     vf k;
     memcpy(&k, key + d, 64);
-    NAME(put_lanes)(keys + (position & ~15) * dim, dim, position & 15, d, k);
+    NAME(put_pairs)(keys + (position & ~15) * dim, dim, position & 15, d, k);
   }
 #else
   for (int64_t d = 0; d < dim; d++) NAME(store)(keys + KEY_AT(position, d, dim), key[d]);
@@ -68,7 +81,7 @@ static inline void NAME(remember_key)(STORE_T *keys, int64_t position, int64_t d
 /* Its value. */
 static inline void NAME(remember_value)(STORE_T *values, int64_t position, int64_t dim,
                                         const float *value) {
-#if BF16 && HAS_PAIRS
+#if BF16 && HAS_DOTS
   for (int64_t d = 0; d < dim; d += LANES) {
     vf v;
     memcpy(&v, value + d, 64);

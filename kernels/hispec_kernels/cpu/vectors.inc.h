@@ -1,37 +1,17 @@
-/* Products and attention in vectors of 16 floats: fp32, and bf16 where nothing better is there. See
-   passes.inc.h.
+/* Products and attention of fp32 in vectors of 16. See passes.inc.h. */
 
-   A vector of 32-bit words holds an even bf16 in its low half and an odd one in its high half. What
-   is multiplied with such vectors is kept "split": of every 32 values the 16 even ones, then the 16
-   odd ones; SPLIT_AT(k) is where value k lies. */
-
-#if BF16
-#define SPLIT_AT(k) (((k) & ~31) + (((k) & 1) << 4) + (((k) & 31) >> 1))
-#else
-#define SPLIT_AT(k) (k)
-#endif
 #define KEY_AT(p, d, dim) ((p) * (dim) + (d))
 #define VALUE_AT(p, d, dim) ((p) * (dim) + (d))
 
 typedef float NAME(operand);
 #define OPERAND_FLOATS(width, n) ((width) * (n))
-static inline void NAME(put)(NAME(operand) * x, int64_t n, int64_t t, int64_t k, float value) {
-  x[t * n + SPLIT_AT(k)] = value;
-}
 static inline void NAME(put_lanes)(NAME(operand) * x, int64_t n, int64_t t, int64_t k, vf values) {
-  for (int j = 0; j < LANES; j++) NAME(put)(x, n, t, k + j, values[j]);
+  memcpy(x + t * n + k, &values, 64);
 }
 
-static inline void NAME(load)(const STORE_T *p, vf *even, vf *odd) {
-#if BF16
-  vu u;
-  memcpy(&u, p, 64);
-  *even = (vf)(u << 16);
-  *odd = (vf)(u & 0xffff0000u);
-#else
-  memcpy(even, p, 64);
-  memcpy(odd, p + LANES, 64);
-#endif
+static inline void NAME(load)(const STORE_T *p, vf *low, vf *high) {
+  memcpy(low, p, 64);
+  memcpy(high, p + LANES, 64);
 }
 
 #define ROWS_SHARED 4
@@ -44,22 +24,20 @@ static inline __attribute__((always_inline)) void NAME(dots)(
   for (int r = 0; r < 4; r++)
     for (int t = 0; t < T; t++) sum[r][t] = splat(0.0f);
   for (int64_t k = 0; k < n; k += STEP) {
-    vf even[4], odd[4];
+    vf low[4], high[4];
     for (int r = 0; r < 4; r++) {
-      NAME(load)(w[r] + k, &even[r], &odd[r]);
+      NAME(load)(w[r] + k, &low[r], &high[r]);
       /* Hardware prefetch stops at pages; 4 rows ahead is where this thread reads next. */
-      __builtin_prefetch((const char *)(w[r] + k + 4 * n), 0, 3);
-#if !BF16
-      __builtin_prefetch((const char *)(w[r] + k + 4 * n) + 64, 0, 3);
-#endif
+      __builtin_prefetch(w[r] + k + 4 * n, 0, 3);
+      __builtin_prefetch(w[r] + k + 4 * n + LANES, 0, 3);
     }
     for (int t = 0; t < T; t++) {
       vf a, b;
       memcpy(&a, x + t * ldx + k, 64);
       memcpy(&b, x + t * ldx + k + LANES, 64);
       for (int r = 0; r < 4; r++) {
-        sum[r][t] += even[r] * a;
-        sum[r][t] += odd[r] * b;
+        sum[r][t] += low[r] * a;
+        sum[r][t] += high[r] * b;
       }
     }
   }
@@ -116,7 +94,7 @@ static void NAME(gated)(const WEIGHT_T *w, const float *scale, const float *bias
       for (int r = 0; r < 2 && i + r < last; r++) {
         const float bg = bias ? bias[i + r] : 0.0f, bu = bias ? bias[total + i + r] : 0.0f;
         for (int u = 0; u < T; u++)
-          NAME(put)(hidden, total, t + u, i + r, silu(splat(out[r][u] + bg))[0] * (out[r + 2][u] + bu));
+          hidden[(t + u) * total + i + r] = silu(splat(out[r][u] + bg))[0] * (out[r + 2][u] + bu);
       }
     }
   }
@@ -136,7 +114,7 @@ static inline __attribute__((always_inline)) void NAME(attend)(
   for (int64_t g = 0; g < group; g++) {
     float turned[MAX_HEAD] __attribute__((aligned(64)));
     turn(qkv + g * dim, cos, sin, dim, turned);
-    for (int64_t d = 0; d < dim; d++) q[g][SPLIT_AT(d)] = turned[d] * scale;
+    for (int64_t d = 0; d < dim; d++) q[g][d] = turned[d] * scale;
     memset(sum[g], 0, dim * sizeof(float));
     most[g] = -INFINITY;
     weight[g] = 0.0f;
@@ -151,11 +129,11 @@ static inline __attribute__((always_inline)) void NAME(attend)(
       vf dot[MAX_GROUP];
       for (int64_t g = 0; g < group; g++) dot[g] = splat(0.0f);
       for (int64_t k = 0; k < dim; k += STEP) {
-        vf even, odd;
-        NAME(load)(key + k, &even, &odd);
+        vf low, high;
+        NAME(load)(key + k, &low, &high);
         for (int64_t g = 0; g < group; g++) {
-          dot[g] += even * *(const vf *)(q[g] + k);
-          dot[g] += odd * *(const vf *)(q[g] + k + LANES);
+          dot[g] += low * *(const vf *)(q[g] + k);
+          dot[g] += high * *(const vf *)(q[g] + k + LANES);
         }
       }
       for (int64_t g = 0; g < group; g++) score[g][p] = lanes_sum(dot[g]);
@@ -182,11 +160,11 @@ static inline __attribute__((always_inline)) void NAME(attend)(
         b[g] = *(vf *)(sum[g] + k + LANES);
       }
       for (int64_t p = 0; p < count; p++) {
-        vf even, odd;
-        NAME(load)(values + at[p] + k, &even, &odd);
+        vf low, high;
+        NAME(load)(values + at[p] + k, &low, &high);
         for (int64_t g = 0; g < group; g++) {
-          a[g] += even * score[g][p];
-          b[g] += odd * score[g][p];
+          a[g] += low * score[g][p];
+          b[g] += high * score[g][p];
         }
       }
       for (int64_t g = 0; g < group; g++) {
@@ -197,7 +175,7 @@ static inline __attribute__((always_inline)) void NAME(attend)(
   }
   for (int64_t g = 0; g < group; g++)
     for (int64_t d = 0; d < dim; d++)
-      NAME(put)(mixed, n, t, offset + g * dim + d, sum[g][SPLIT_AT(d)] / weight[g]);
+      mixed[t * n + offset + g * dim + d] = sum[g][d] / weight[g];
 }
 
 /* Calls attend, which takes one row, with the group a constant where it is a common one, so that sums
@@ -223,4 +201,3 @@ static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, co
 #undef ATTEND
 }
 
-#undef SPLIT_AT
