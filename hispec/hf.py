@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,10 @@ from transformers import GenerationMixin, LogitsProcessor
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from hispec.arguments import refuse_modes
-from hispec.errors import CheckpointError, UsageError
+from hispec.errors import UsageError
 from hispec.generation import LM
+from hispec.hf_models import loaded_lm
 from hispec.hierarchy import Hierarchy, Level
-from hispec.loading import open_lm
-from hispec.model.checkpoint import open_checkpoint
-from hispec.model.exits import Exits, shipped_exits
-from hispec.model.module import ModuleWeights
 from hispec.picker import Picker
 from hispec.processors import check_pure
 from hispec.result import Result
@@ -358,48 +354,3 @@ def _locals_of_generate() -> dict[str, Any]:
     code = getattr(GenerationMixin.generate, "__wrapped__", GenerationMixin.generate).__code__
     frame = sys._getframe(2)
     return frame.f_locals if frame.f_code is code else {}
-
-
-# ------------------------------------------------------------------ models
-
-_loaded: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Any, LM]]] = weakref.WeakKeyDictionary()
-
-
-def loaded_lm(
-    model: Any, *, exits: str | Path | None = None, exact: bool = True, share: bool = False
-) -> LM:
-    """Returns our view of a transformers model, made anew when its weights have changed.
-
-    Raises:
-        CheckpointError: it cannot be run; see :class:`ModuleWeights`.
-        UsageError: there are no exits in the folder given.
-    """
-    weights = ModuleWeights(model)
-    stamp = weights.stamp()
-    views = _loaded.setdefault(model, {})
-    key = (str(exits), exact, share)
-    if key not in views or views[key][0] != stamp:
-        views.pop(key, None)  # the old weights first: both may not fit
-        lm = open_lm(
-            weights.as_checkpoint(),
-            _find_exits(weights, exits),
-            weights.dtype,
-            weights.device,
-            exact=exact,
-            layout="plain" if share else None,
-        )
-        views[key] = stamp, lm
-    return views[key][1]
-
-
-def _find_exits(weights: ModuleWeights, given: str | Path | None) -> Exits | None:
-    if given is not None:
-        return Exits.open(Path(given))
-    if (weights.path / "exits" / "config.json").exists():
-        return Exits.open(weights.path / "exits")
-    if not (weights.path / "config.json").exists():
-        return None
-    try:
-        return shipped_exits(open_checkpoint(weights.path))
-    except CheckpointError:
-        return None  # the folder is another's by now; exits only draft

@@ -3,8 +3,8 @@
 #
 #   scripts/history_smollm2.sh DATA OUT
 #
-# The one that ships was counted over 1.4 M and 0.9 M tokens one after the other and merged
-# (hispec ngrams merge).
+# The one that ships was counted over 1.4 M, 0.9 M and (--least 4) 7.25 M tokens one after the other
+# and merged (hispec ngrams merge).
 #
 # DATA  what scripts/distill_smollm2.sh wrote (train.jsonl: answers to training prompts alone)
 # OUT   gets history.bin, which comes with hispec in hispec/databases/smollm2-135m
