@@ -176,6 +176,8 @@ class Hierarchy:
         Args:
             models: as ``--model`` takes them, from the lowest up.
         """
+        own = [level.model for level in self.models]  # a plan may have them
+        models = [model for model in models if model not in own]
         if not models:
             return self
         ranks = bool(self.nodes)

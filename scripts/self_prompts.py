@@ -16,6 +16,7 @@ from pathlib import Path
 from hispec.model.checkpoint import open_checkpoint
 from hispec_training.data import Record, encode_prompt
 from hispec_training.decode import BatchDecoder, Request
+from hispec_training.files import write_atomically
 from hispec_training.trunk import Trunk
 
 
@@ -52,15 +53,16 @@ def main() -> None:
         Trunk(checkpoint, device=args.device), checkpoint.eos_token_ids, args.rows
     )
     seen: set[str] = set()
-    with open(args.out, "w", encoding="utf-8") as file:
-        for answer in decoder.decode(requests):
-            text = tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
-            if answer.finish != "eos" or len(text.split()) < 4 or text in seen:
-                continue
-            seen.add(text)
-            row = {"id": f"self:{answer.index}", "category": "self"}
-            row["messages"] = [{"role": "user", "content": text}]
-            file.write(json.dumps(row) + "\n")
+    lines = []
+    for answer in decoder.decode(requests):
+        text = tokenizer.decode(answer.ids, skip_special_tokens=True).strip()
+        if answer.finish != "eos" or len(text.split()) < 4 or text in seen:
+            continue
+        seen.add(text)
+        row = {"id": f"self:{answer.index}", "category": "self"}
+        row["messages"] = [{"role": "user", "content": text}]
+        lines.append(json.dumps(row) + "\n")
+    write_atomically(args.out, "".join(lines))
     print(f"{len(seen)} prompts of {args.count} drawn in {args.out}")
 
 

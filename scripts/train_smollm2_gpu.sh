@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes what ships for smollm2-135m on one GPU, from prompts to exits and the LayerSkip variant; ten
-# minutes on an H100. What the same steps take on a CPU is in distill_smollm2.sh, train_smollm2.sh
-# and train_smollm2_layerskip.sh.
+# Makes exits and a LayerSkip variant like those that ship for smollm2-135m on one GPU, from prompts
+# on; ten minutes on an H100. The same steps on a CPU, which made what ships: distill_smollm2.sh,
+# train_smollm2.sh and train_smollm2_layerskip.sh.
 #
 #   scripts/train_smollm2_gpu.sh PROMPT_DATA LM SPEC_BENCH OUT
 #
@@ -10,7 +10,7 @@
 # SPEC_BENCH   Spec-Bench's question.jsonl: kept out of the prompts
 # OUT          gets prompts/, answers (base.jsonl, self.jsonl, heldout.jsonl), exits/, smollm2-135m-layerskip/
 #
-# Sizes, with what the shipped exits were made with: ROWS=1024 texts at once, SELF=40000 prompts the
+# Run again with the same arguments to go on after an interruption. Sizes: ROWS=1024 texts at once, SELF=40000 prompts the
 # model makes up itself, SETS=3 sets of long-input tasks, PLAIN=4000 pieces of plain text,
 # DISTILL_MINUTES=2 and TRAIN_MINUTES=3, HEAD="--batch-targets 6144", LORA="--batch-tokens 16384".
 # MODEL and DEVICE=cpu serve to try it.
@@ -22,6 +22,7 @@ data=$1 lm=$2 spec=$3 out=$4
 model=${MODEL:-smollm2-135m} device=${DEVICE:-cuda} rows=${ROWS:-1024}
 minutes=${DISTILL_MINUTES:-2}
 mkdir -p "$out"
+trap 'kill $(jobs -p) 2>/dev/null || true' EXIT # what runs beside a step that failed
 hispec() { "$PYTHON" -m hispec.cli "$@"; }
 distill() {
     hispec distill --model "$model" --device "$device" --rows "$rows" --resume "$@"
@@ -37,11 +38,12 @@ answer() { # NAME PROMPTS: what exits are trained on
     --wikitext "$lm/wikitext2_v1_train.txt.gz" --sets "${SETS:-3}" --out "$out/prompts"
 answer base "$out/prompts/train.jsonl" &
 base=$!
-"$PYTHON" "$ROOT/scripts/plain_texts.py" --model "$model" --text "$lm/wikitext2_v1_train.txt.gz" \
+[ -s "$out/plain.jsonl" ] || "$PYTHON" "$ROOT/scripts/plain_texts.py" --model "$model" --text "$lm/wikitext2_v1_train.txt.gz" \
     --out "$out/plain.jsonl" --limit "${PLAIN:-4000}" &
 plain=$!
-"$PYTHON" "$ROOT/scripts/self_prompts.py" --model "$model" --device "$device" --rows "$rows" \
-    --count "${SELF:-40000}" --out "$out/prompts/self.jsonl"
+[ -s "$out/prompts/self.jsonl" ] ||
+    "$PYTHON" "$ROOT/scripts/self_prompts.py" --model "$model" --device "$device" --rows "$rows" \
+        --count "${SELF:-40000}" --out "$out/prompts/self.jsonl"
 distill --prompts "$out/prompts/heldout.jsonl" --out "$out/heldout.jsonl" --max-new-tokens 160 \
     --sampled-fraction 0 --keep-order
 answer self "$out/prompts/self.jsonl"

@@ -71,10 +71,10 @@ def _headline(plan: Plan, best: dict[str, Any]) -> str:
 
 def graph(hierarchy: Hierarchy, costs: CostTable, acceptance: Acceptance) -> str:
     """Returns the levels as boxes in a row and the edges between them as arcs."""
-    names = ["databases", *costs.depths]
+    names = ["databases", *costs.models_s, *costs.depths]
     step = (WIDTH - NODE) / max(len(names) - 1, 1)
     at = {name: NODE / 2 + step * place for place, name in enumerate(names)}
-    windows = {f"exit {level.exit_layer}": level.window for level in hierarchy.levels}
+    windows = {level.name: level.window for level in hierarchy.levels}
     taken = [*(["databases"] if hierarchy.nodes and hierarchy.sources else []), *windows, TARGET]
     path = list(pairwise(taken))
     drawn, labels = "", ""

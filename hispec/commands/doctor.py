@@ -33,17 +33,20 @@ def main(args: argparse.Namespace) -> int:
     import torch
 
     from hispec.loading import choose_for
+    from hispec.model.checkpoint import open_checkpoint
     from hispec.model.device import dtype_name
     from hispec.model.native import native_library
     from hispec.model.store import cache_dir
     from hispec_kernels import gpu
 
-    choice = choose_for(None, args.device, args.dtype)
+    config = open_checkpoint(args.model).config if args.model else None
+    choice = choose_for(config, args.device, args.dtype)
     _row("device", f"{choice.device.type}, {dtype_name(choice.dtype)} ({choice.reason})")
     if choice.device.type == "cpu":
         _row("threads", f"{torch.get_num_threads()} of {os.cpu_count()} processors")
-        _, why = native_library(None, choice.dtype, choice.device)
-        _row("passes", f"torch's: {why}" if why else "compiled for this processor")
+        if config is None:
+            _, why = native_library(None, choice.dtype, choice.device)
+            _row("passes", f"torch's: {why}" if why else "compiled for this processor")
     else:
         _row("gpu", torch.cuda.get_device_name())
         why_no_kernels = gpu.why_not(choice.device)

@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     options.add_model(parser)
     bench.add_prompts(parser)
+    options.add_level(
+        parser, "a smaller model of the same vocabulary that may draft, too (repeatable)"
+    )
     parser.set_defaults(max_new_tokens=TOKENS)
     parser.add_argument("--repeats", type=int, default=2, metavar="R", help="of what is measured")
     parser.add_argument(
@@ -58,7 +61,7 @@ def main(args: argparse.Namespace) -> int:
     lm, exact = bench.load_exact(args)
     exits = default_exits(lm.model.config.num_layers, lm.exits.exit_layers if lm.exits else ())
     calibration = calibrated(lm, calibrating.prompts, exits, args)
-    found = candidates(lm, calibration, exits)
+    found = candidates(lm, calibration, exits, args.level)
     chosen = finalists(found)
     document = _measured(settings, lm, chosen, args, exact=exact)
     best = settled(document["methods"], found)
@@ -88,12 +91,14 @@ def calibrated(lm: LM, prompts: Any, exits: Any, args: argparse.Namespace) -> An
     from hispec.planner.calibrate import calibrate
 
     asked = [ids for prompt in prompts if (ids := _encoded(lm, prompt, raw=args.raw))]
-    room = lm.model.config.max_positions - args.max_new_tokens
+    models = getattr(args, "level", ())
+    contexts = [lm.model.config.max_positions, *(lm.separate(x).context for x in models)]
+    room = min(contexts) - args.max_new_tokens
     asked = [ids for ids in asked if len(ids) <= room]
     if not asked:
         raise UsageError(
             f"no prompt leaves room for {args.max_new_tokens} new tokens in a context of "
-            f"{lm.model.config.max_positions}. Give shorter ones."
+            f"{room + args.max_new_tokens}. Give shorter ones."
         )
     with Progress(len(asked) + 1) as progress:
 
@@ -101,7 +106,7 @@ def calibrated(lm: LM, prompts: Any, exits: Any, args: argparse.Namespace) -> An
             progress.doing(what)
             progress.advance()
 
-        return calibrate(lm, asked, exits, args.max_new_tokens, tell)
+        return calibrate(lm, asked, exits, args.max_new_tokens, tell, models)
 
 
 def _encoded(lm: LM, prompt: Prompt, *, raw: bool) -> list[int]:

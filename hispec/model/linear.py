@@ -2,7 +2,7 @@
 
     plain     (out, in) rows: CUDA, and the compiled passes in fp32
     tiles     [out / 16][in / 32][16][32]: the compiled passes in bf16, where the processor has AMX
-    pairs     [out / 16][in / 2][16][2]: the same, where it has dot products of bf16 pairs alone
+    pairs     [out / 16][in / 2][16][2]: the same, on every other processor
     bytes     the order of pairs, in numbers of 7 bits with a scale a row: there, for weights that
               only draft
     onednn    torch's own order for a CPU: 13 ms instead of 24 for the products of a SmolLM2-135M

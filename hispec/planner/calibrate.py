@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hispec.errors import UsageError
-from hispec.hierarchy import AR, HD, Hierarchy
+from hispec.hierarchy import AR, HD, MAX_WIDTH, Hierarchy, Level
 from hispec.planner.acceptance import Acceptance
-from hispec.planner.cost_table import CostTable
+from hispec.planner.cost_table import TARGET, CostTable
 from hispec.planner.costs import cost_table
 from hispec.planner.replay import Replayed, replay
 from hispec.planner.shadow import Shadow
@@ -39,7 +39,7 @@ class Calibration:
 
     Attributes:
         costs: of every pass.
-        acceptance: of every edge between exits and target.
+        acceptance: of every edge between levels and target.
         shadows: the answers.
         roots: rounds that acceptance was counted over.
         recycled: what the databases' passes yield over what their replay does: in earnest they
@@ -79,6 +79,7 @@ def calibrate(
     exits: Sequence[int],
     max_new_tokens: int,
     tell: Callable[[str], None] = lambda _: None,
+    models: Sequence[str] = (),
 ) -> Calibration:
     """Returns what the planner needs to know of a model.
 
@@ -88,6 +89,7 @@ def calibrate(
         exits: layers to look at, ascending.
         max_new_tokens: of every answer.
         tell: called with what is done next, once a prompt and once before.
+        models: separate ones to look at, as ``--model`` takes them.
 
     Raises:
         UsageError: no answer has two tokens.
@@ -98,6 +100,7 @@ def calibrate(
     heads = {exit_layer: lm.head(exit_layer) for exit_layer in exits}
     label = lm.exits.fingerprint if lm.exits else "own"
     costs = cost_table(lm.model, heads, context, label, anew=True)
+    costs = replace(costs, models_s=models_cost(lm, models, context))
     acceptance = Acceptance()
     shadows: list[Shadow] = []
     answers: list[Result] = []
@@ -107,7 +110,7 @@ def calibrate(
         answer = lm.generate(ids, hierarchy=HD, max_new_tokens=max_new_tokens, learn=False)
         if answer.num_tokens > 1:
             answers.append(answer)
-            shadows.append(Shadow(lm, exits, ids, answer.token_ids))
+            shadows.append(Shadow(lm, exits, ids, answer.token_ids, models))
     if not shadows:
         raise UsageError("the model answers none of these prompts with two tokens. Give others.")
     passes = sum(answer.passes for answer in answers)
@@ -117,6 +120,16 @@ def calibrate(
     found = Calibration(costs, acceptance, shadows, roots)
     yielded = sum(answer.committed for answer in answers) / passes
     found.recycled = yielded / found.replay(lm, HD).tokens_per_pass
+    return found
+
+
+def models_cost(lm: LM, models: Sequence[str], context: int) -> dict[str, list[float]]:
+    """Returns seconds of a whole pass of each separate model by rows, by its level's name."""
+    found = {}
+    for model in models:
+        own = cost_table(lm.separate(model).model, {}, context)
+        rows = [own.pass_s(TARGET, 0, width) for width in range(1, MAX_WIDTH + 1)]
+        found[Level(0, 1, model=model).name] = [0.0, *rows]
     return found
 
 

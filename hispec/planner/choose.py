@@ -7,7 +7,7 @@ best of both are forecast by the same replay.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -44,13 +44,16 @@ class Candidate:
     speedup: float
 
 
-def candidates(lm: LM, calibration: Calibration, exits: Sequence[int]) -> list[Candidate]:
+def candidates(
+    lm: LM, calibration: Calibration, exits: Sequence[int], models: Sequence[str] = ()
+) -> list[Candidate]:
     """Returns hierarchies with their forecasts, the best first; plain decoding is among them.
 
     Args:
         lm: the model.
         calibration: of this model and machine.
         exits: layers that may be used, ascending.
+        models: separate ones that may, below the exits.
     """
     plain = calibration.replay(lm, AR).latency_s
 
@@ -58,50 +61,62 @@ def candidates(lm: LM, calibration: Calibration, exits: Sequence[int]) -> list[C
         done = calibration.replay(lm, hierarchy)
         return Candidate(hierarchy, done, plain / done.latency_s)
 
-    found = {shape.name: forecast(shape) for shape in shapes(lm, exits)}
+    found = {shape.name: forecast(shape) for shape in shapes(lm, exits, models)}
     options = [Route((), x.done.latency_s, x.hierarchy.name) for x in found.values()]
-    names = [f"exit {exit_layer}" for exit_layer in exits]
+    levels = {level.name: level for level in _levels(exits, models)}
     routes = shortest(
         calibration.costs,
         calibration.acceptance,
-        names,
+        list(levels),
         max_window=MAX_WINDOW,
         options=options,
         keep=CHAINS + len(options) + 1,
     )
     for route in routes:
-        chain = of_chain(route.chain) if route.chain else None
+        chain = of_chain(route.chain, levels) if route.chain else None
         if chain and chain.name not in found:
             found[chain.name] = forecast(chain)
     return sorted(found.values(), key=lambda candidate: -candidate.speedup)
 
 
-def shapes(lm: LM, exits: Sequence[int]) -> list[Hierarchy]:
-    """Returns plain decoding, the presets, and the trees and ranking exits that are tried."""
+def _levels(exits: Sequence[int], models: Sequence[str]) -> list[Level]:
+    """All levels there are, from the lowest up."""
+    return [*(Level(0, 1, model=model) for model in models), *(Level(e, 1) for e in exits)]
+
+
+def shapes(lm: LM, exits: Sequence[int], models: Sequence[str] = ()) -> list[Hierarchy]:
+    """Returns plain decoding, the presets, and the trees and ranking levels that are tried."""
     found = {"ar": AR}
     for name in ("layerskip", "hispec", "hd"):
         preset = lm.hierarchy(name)
-        if set(preset.exit_layers) <= set(exits):
+        if set(preset.exit_layers) <= set(exits) and {x.model for x in preset.models} <= set(
+            models
+        ):
             found[name] = replace(preset, name=name)
     best = (lm.exits.best.get("auto") if lm.exits else None) or HD
     sources = best.sources or HD.sources
     for nodes in NODES:
         found[f"tree{nodes}"] = Hierarchy((), f"tree{nodes}", sources, nodes)
     found["chain8"] = Hierarchy((), "chain8", sources, 8, branches=False)
-    for exit_layer in exits:
+    for level in _levels(exits, models):
         for window in RANKING_WINDOWS:
-            name = f"tree12+{exit_layer}x{window}"
-            levels = (Level(exit_layer, window, ranks=True),)
+            name = f"tree12+{_short(level)}x{window}"
+            levels = (replace(level, window=window, ranks=True),)
             found[name] = Hierarchy(levels, name, sources, 12)
     return list(found.values())
 
 
-def of_chain(chain: Chain) -> Hierarchy | None:
-    """Returns the hierarchy of a chain of strict exits, None if no pass can hold its windows."""
+def of_chain(chain: Chain, levels: Mapping[str, Level]) -> Hierarchy | None:
+    """Returns the hierarchy of a chain of strict levels, None if no pass can hold its windows."""
     if sum(window for _, window in chain) > MAX_WIDTH - 1:
         return None
-    levels = tuple(Level(int(name.removeprefix("exit ")), window) for name, window in chain)
-    return Hierarchy(levels, "-".join(f"{level.exit_layer}x{level.window}" for level in levels))
+    parts = tuple(replace(levels[name], window=window) for name, window in chain)
+    return Hierarchy(parts, "-".join(f"{_short(level)}x{level.window}" for level in parts))
+
+
+def _short(level: Level) -> str:
+    """An exit's layer, or a separate model's folder."""
+    return level.name.partition(" ")[2]
 
 
 def finalists(found: Sequence[Candidate], count: int = 3) -> list[Candidate]:

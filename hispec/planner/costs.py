@@ -31,8 +31,8 @@ WIDTHS = (1, 2, 4, 8, 16, MAX_WIDTH)
 HEAD_WIDTHS = (1, 2, 4, 8, MAX_WIDTH)
 CONTEXT = 256
 REPEATS = 5
-#: After so much time there are two repeats at most: the first text waits for this, and the prices
-#: of rows follow ordinary passes afterwards.
+#: After so much time two repeats are enough: the first text waits for this, and the prices of rows
+#: follow ordinary passes afterwards.
 PATIENCE_S = 0.4
 LEVEL_ROWS = 4
 #: Tokens that a round commits: what a head with a memory has to catch up on at the next root.
@@ -104,8 +104,10 @@ def cost_table(
     """
     context = max(min(context, model.config.max_positions - MAX_WIDTH), 2)
     patience = math.inf if anew else PATIENCE_S
-    own = partial(measure, model, context, patience)
-    passes = remembered("passes", model, own, str(context), anew=anew)
+    passes = remembered(
+        *("passes", model, lambda: measure(model, context, patience), f"{context}|{WIDTHS}"),
+        anew=anew,
+    )
     short, layers = passes["short"], model.config.num_layers
     scatter = [
         median / least - 1 for row in ("few", "all", "head") for least, median in passes[row]
@@ -123,7 +125,7 @@ def cost_table(
     for exit_layer in sorted(heads):
         name = f"exit {exit_layer}"
         own = partial(measure_head, model, heads[exit_layer], exit_layer, context, patience)
-        key = f"{label}|{exit_layer}|{context}"
+        key = f"{label}|{exit_layer}|{context}|{HEAD_WIDTHS}"
         found = remembered("heads", model, own, key, anew=anew) if label else own()
         heads_s[name] = filled(
             {width: times[0] for width, times in zip(HEAD_WIDTHS, found["rows"], strict=True)}
@@ -227,12 +229,12 @@ def in_turn(
         between: run before each, untimed. In a round a pass of the target comes between an exit's
             runs; without one, an exit's few layers and its head (30 MB) stay in the caches, and it
             seems to cost half of what it does.
-        patience: seconds after which no further round begins, if each task was timed once.
+        patience: seconds after which no further round begins, if each task was timed twice.
     """
     begun = time.perf_counter()
     times: dict[tuple[str, int], list[float]] = {key: [] for key in tasks}
     for repeat in range(REPEATS + 1):
-        if repeat > 1 and time.perf_counter() - begun > patience:
+        if repeat > 2 and time.perf_counter() - begun > patience:
             break
         for key, task in tasks.items():
             between()

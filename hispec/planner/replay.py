@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hispec.engine import Decoder, Ranked, _Level
-from hispec.hierarchy import Hierarchy
+from hispec.hierarchy import MAX_WIDTH, Hierarchy
 from hispec.model.cache import Cache
 from hispec.model.level import Exit
 from hispec.planner.acceptance import Acceptance, Key
@@ -101,7 +101,7 @@ class _Echo(Decoder):
             self._done.rows += end
             self._show(root, known)
             return text, None  # where a node is wrong nobody reads what follows
-        found = self._shadow.ranked[level.runner.boundary, root]
+        found = self._shadow.ranked[level.counts.name, root]
         ids: list[list[int]] = []
         odds: list[list[float]] = []
         for node, on, depth, token in zip(range(first, end), known, depths, text, strict=True):
@@ -139,11 +139,18 @@ class _Echo(Decoder):
     def _spend(self, level: _Level, upto: int, rows: int) -> None:
         """Adds a pass's time, and raises the cache's watermarks as it would have."""
         costs, name, cache, below = self._costs, level.counts.name, level.runner.cache, 0
-        seconds = costs.step_s + at(costs.heads_s[name], rows)
+        seconds = costs.step_s
+        if name in costs.models_s:  # what it was not asked about it runs now
+            missing = upto - cache.length
+            seconds += missing // MAX_WIDTH * at(costs.models_s[name], MAX_WIDTH)
+            seconds += at(costs.models_s[name], missing % MAX_WIDTH)
+        else:
+            seconds += at(costs.heads_s[name], rows)
         for boundary in cache.boundaries:
             missing = upto - cache.computed[boundary]
             if missing > 0:
-                seconds += costs.layers_s(below, boundary, missing)
+                if name not in costs.models_s:
+                    seconds += costs.layers_s(below, boundary, missing)
                 cache.computed[boundary] = upto
             if boundary == level.runner.boundary:
                 break
@@ -166,15 +173,22 @@ def replay(
 
     Args:
         lm: whose databases draft.
-        hierarchy: its exits are among the shadows'.
+        hierarchy: its levels are among the shadows'.
         shadows: the texts.
-        costs: knows the hierarchy's exits.
+        costs: knows the hierarchy's levels.
         acceptance: how often exits agree with each other.
     """
     done = Replayed()
     for shadow in shadows:
         _replay(lm, hierarchy, shadow, costs, acceptance, done)
     return done
+
+
+def _apart(start: int, capacity: int) -> Any:
+    """What stands in for a separate model that has read a prompt: its cache's watermark."""
+    cache = Cache([1], 1, 1, 1, capacity, torch.float32, torch.device("cpu"))
+    cache.computed[1] = start
+    return SimpleNamespace(context=capacity, cache=cache, boundary=1, keep=cache.keep)
 
 
 def _replay(
@@ -198,7 +212,8 @@ def _replay(
         config=lm.model.config, keep=lambda cache, root, kept: cache.keep(root, kept)
     )
     head: Any = SimpleNamespace(truncate=lambda length: None)
-    levels = [Exit(model, cache, boundary, head) for boundary in boundaries]
+    levels: list[Any] = [_apart(shadow.start, capacity) for _ in hierarchy.models]
+    levels += [Exit(model, cache, boundary, head) for boundary in boundaries]
     picker = Sampling().picker()
     decoder = _Echo(
         shadow,

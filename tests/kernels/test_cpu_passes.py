@@ -1,9 +1,9 @@
 """The compiled passes against fp64, and against themselves: no row may know its company.
 
 Each shape is run by the library as this processor gets it and as lesser ones do: without AMX tiles,
-and with AVX2 alone. And as greater ones do: with AMX written out in C. Sizes are the awkward ones:
-groups of 1 to 16 query heads, heads of 32 to 256, sums of 32s that are no multiple of 64,
-vocabularies that fill no tile.
+with AVX2 alone, and with less. And as greater ones do: with AMX written out in C. Sizes are the
+awkward ones: groups of 1 to 16 query heads, heads of 32 to 256, sums of 32s that are no multiple of
+64, vocabularies that fill no tile.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SHAPES = {
     "group of 16": (64, 224, 32, 2, 32, True),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-#: Relative to the largest value. bf16 rounds keys, values and, in tiles and pairs, every operand.
+#: Relative to the largest value. bf16 rounds keys, values and every operand.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 #: Passes that add up to a prefix each; they end before, at and behind the borders 128 and 256.
 CHUNKINGS = (
@@ -68,6 +68,7 @@ BUILDS: dict[str, list[str]] = {
     "native": [],
     "no tiles": ["-mno-amx-tile", "-mno-amx-bf16"],
     "avx2": ["-march=haswell"],
+    "narrow": ["-march=x86-64-v2"],
     "emulated tiles": ["-D__AMX_BF16__", "-include", str(Path(__file__).parent / "amx.h")],
 }
 

@@ -14,7 +14,14 @@ from hispec.cli import main as hispec
 from hispec.errors import HispecError
 from hispec.model.checkpoint import open_checkpoint
 from hispec.model.exits import Exits as ReadyExits
-from hispec_training.checkpoints import CHECKPOINT, learning_rate, read_checkpoint
+from hispec_training.checkpoints import (
+    CHECKPOINT,
+    TIMED,
+    History,
+    TimeLimit,
+    learning_rate,
+    read_checkpoint,
+)
 from hispec_training.evaluate import ROUND, Tally, _count, evaluate
 from hispec_training.heads import HeadSpec
 from hispec_training.loop import Recipe, Trainer
@@ -165,6 +172,35 @@ def test_schedule_rises_and_falls():
     rates = [learning_rate(1.0, 10, 100, step) for step in range(100)]
     assert rates[0] == 0.1 and rates[9] == rates[10] == 1.0
     assert rates[10:] == sorted(rates[10:], reverse=True) and rates[-1] < 1e-3
+
+
+def timed(seconds: list[float]) -> History:
+    return History(losses=[{"seconds": float(s)} for s in seconds])
+
+
+def test_minutes_become_steps_once_some_are_timed():
+    limit = TimeLimit(2.0)
+    steady = [10.0 + i for i in range(TIMED)]  # the first took ten seconds: it compiled
+    assert limit.steps(timed(steady[:3]), 500) is None
+    assert limit.steps(timed(steady[:4]), 500) == 500, "too early, and not pressing"
+    assert limit.steps(timed(steady), 500) == TIMED + int(120 - steady[-1])
+    assert limit.steps(timed(steady), 40) == 40
+    assert limit.steps(timed([30.0, 60.0, 90.0, 130.0]), 500) == 5, "slow, and over already"
+    assert TimeLimit(4.0).steps(timed([30.0, 60.0, 90.0, 120.0]), 500) == 8
+    assert TimeLimit(2.0, since=5).steps(timed(steady), 500) is None, "not at that step"
+
+
+def test_a_run_within_minutes_ends_with_its_schedule(checkpoint, cache, tmp_path):
+    recipe = Recipe(**{**vars(RECIPE), "steps": 100_000, "eval_every": 100_000})
+    trainer = Trainer(make_exits(checkpoint, cache), cache, None, recipe, tmp_path, minutes=0.05)
+    history = trainer.run()
+    assert 4 <= len(history.losses) < 10_000 and trainer.recipe.steps == len(history.losses)
+    assert history.losses[-1]["lr"] < 0.5 * RECIPE.lr, "the rate has fallen"
+    assert history.losses[-1]["seconds"] < 15
+    same = Trainer(make_exits(checkpoint, cache), cache, None, recipe, tmp_path, minutes=0.05)
+    assert same.resume() and same.recipe.steps == trainer.recipe.steps
+    with pytest.raises(HispecError, match="steps"):
+        Trainer(make_exits(checkpoint, cache), cache, None, recipe, tmp_path).resume()
 
 
 def test_runs_are_counted_within_rounds():

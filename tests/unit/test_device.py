@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from hispec.errors import UsageError
+from hispec.loading import choose_for
 from hispec.model import device
 from hispec.model.device import DTYPES, choose, dtype_name
 
@@ -48,6 +49,18 @@ def test_what_is_asked_for_is_taken(machine) -> None:
     machine(cuda=False, cpu_bf16=False)
     assert choose("cpu", "bf16").dtype == torch.bfloat16  # slow, but as asked
     assert "asked for" in choose("cpu", "bf16").reason
+
+
+def test_compiled_passes_make_bf16_worth_it_on_any_cpu(machine, monkeypatch) -> None:
+    monkeypatch.setattr("hispec.loading.native_library", lambda *_: (object(), ""))
+    machine(cuda=False, cpu_bf16=False)
+    choice = choose_for(None)
+    assert choice.dtype == torch.bfloat16 and "widen" in choice.reason
+    assert choose_for(None, dtype="fp32").dtype == torch.float32
+    monkeypatch.setattr("hispec.loading.native_library", lambda *_: (None, "no C compiler"))
+    assert choose_for(None).dtype == torch.float32
+    machine(cuda=True, gpu_bf16=False)
+    assert choose_for(None)[:2] == (torch.device("cuda"), torch.float16)
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,14 @@ import io
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from helpers.adapters import write_adapter
-from helpers.bench import save_agreeing_llama
+from helpers.bench import save_agreeing_llama, write_prompts
 from helpers.tiny_llama import save_tiny_llama
 
 import hispec
@@ -21,10 +22,16 @@ from hispec.bench.methods import Question
 from hispec.bench.recorder import head_bytes, layer_bytes
 from hispec.cli import main
 from hispec.errors import CheckpointError, UsageError
-from hispec.hierarchy import Hierarchy, Level
+from hispec.hierarchy import AR, Hierarchy, Level
 from hispec.model.checkpoint import open_checkpoint
 from hispec.model.exits import FORMAT
 from hispec.model.llama import Llama
+from hispec.planner.acceptance import OWN, Acceptance, Key
+from hispec.planner.calibrate import models_cost
+from hispec.planner.cost_table import TARGET
+from hispec.planner.costs import cost_table
+from hispec.planner.replay import replay
+from hispec.planner.shadow import Shadow
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +289,51 @@ def test_inside_transformers(target: Path, cut: Path) -> None:
     call = hispec.generate_with(hierarchy=Hierarchy((Level(0, 3, model=str(cut)), Level(4, 4))))
     assert model.generate(prompt, custom_generate=call, **options).tolist() == wanted
     assert all(result.levels[0].accepted for result in call.results)
+
+
+# ------------------------------------------------------------------ plans
+
+
+def test_a_replay_knows_what_it_would_have_drafted(target: Path, cut: Path) -> None:
+    lm = hispec.load(target, dtype="fp32", device="cpu")
+    prompt, name = [5, 9, 40, 41, 7], "model cut"
+    answer = lm.generate(prompt, hierarchy=AR, max_new_tokens=40).token_ids
+    shadow, acceptance = Shadow(lm, [4], prompt, answer, [str(cut)]), Acceptance()
+    shadow.count(acceptance)
+    assert shadow.names == [name, "exit 4"]
+    costs = replace(
+        cost_table(lm.model, {4: lm.head(4)}, 64), models_s=models_cost(lm, [str(cut)], 64)
+    )
+    draft = Hierarchy((Level(0, 3, model=str(cut)),), "cut")
+    result = lm.generate(prompt, hierarchy=draft, max_new_tokens=40, learn=False)
+    done = replay(lm, draft, [shadow], costs, acceptance)
+    assert done.tokens == result.committed
+    assert done.passes == {level.name: level.passes for level in result.levels}
+    spent = done.parts[name] / done.passes[name]
+    assert costs.pass_s(name, 0, 1) * 0.99 <= spent <= costs.pass_s(name, 0, 3) * 1.01
+    count = acceptance.total(Key(name, TARGET, OWN))
+    assert 0 < count.stood <= count.seen and acceptance.total(Key(name, "exit 4", OWN)).seen
+
+
+def test_plan_weighs_it(target: Path, cut: Path, tmp_path: Path, cache_home: Path, capsys) -> None:
+    write_prompts(tmp_path / "prompts.jsonl")
+    command = ["plan", "--model", str(target), "--level", str(cut), "--dtype", "fp32"]
+    command += ["--device", "cpu", "--prompts", str(tmp_path / "prompts.jsonl")]
+    command += ["--max-new-tokens", "8", "--repeats", "1", "--out", str(tmp_path / "plan.json")]
+    assert main([*command, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out.splitlines()[-1])["plan"]
+    assert len(record["costs"]["models_s"]["model cut"]) == 33
+    with_it = [
+        entry["hierarchy"]
+        for entry in record["alternatives"]
+        if any(level.get("model") == str(cut) for level in entry["hierarchy"]["levels"])
+    ]
+    assert "tree12+cutx2" in {hierarchy["name"] for hierarchy in with_it}
+    assert any(
+        len(hierarchy["levels"]) == 1 and not hierarchy.get("sources") for hierarchy in with_it
+    ), "the search over chains found some with it, too"
+    assert "model cut" in (tmp_path / "plan.html").read_text()
+    # What is run from the plan does not get the level twice.
+    lm = hispec.load(target, dtype="fp32", device="cpu", levels=[cut])
+    models = lm.hierarchy(str(tmp_path / "plan.json")).models
+    assert [level.model for level in models].count(str(cut)) == 1

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,14 +27,14 @@ from torch import Tensor
 from hispec_training.adapter import Student, lora_parameters
 from hispec_training.checkpoints import (
     CHECKPOINT,
-    TIMED,
     History,
-    agree,
+    TimeLimit,
+    bounded,
     check_same_run,
     diverged,
     learning_rate,
     read_checkpoint,
-    steps_that_fit,
+    resumed,
     write_checkpoint,
 )
 from hispec_training.curriculum import drop_rates, dropped_layers, exit_weights, exits_at
@@ -122,7 +122,7 @@ class LoraTrainer:
         save_minutes: float = 10.0,
         minutes: float | None = None,
     ) -> None:
-        self.minutes = minutes
+        self.limit = None if minutes is None else TimeLimit(minutes)
         self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
         self.student = student.to(self.accelerator.device)
         self.cache, self.held_out = cache, held_out
@@ -153,10 +153,9 @@ class LoraTrainer:
             self.elapsed_s = time.perf_counter() - start
             row |= {"step": self.step, "seconds": round(self.elapsed_s, 2)}
             self.history.losses.append(row)
+            self.recipe = bounded(self.recipe, self.limit, self.history, self.accelerator)
+            row["steps"] = self.recipe.steps
             self._tell(row)
-            if self.minutes is not None and self.step == TIMED:
-                fit = steps_that_fit(self.history, recipe.steps, self.minutes)
-                self.recipe = replace(recipe, steps=agree(self.accelerator, fit))
             last = self.step == self.recipe.steps
             if self.held_out is not None and (last or self.step % recipe.eval_every == 0):
                 self._look()
@@ -182,6 +181,7 @@ class LoraTrainer:
             "step": self.step,
             "elapsed_s": self.elapsed_s,
             "recipe": asdict(self.recipe),
+            "minutes": self.limit and self.limit.minutes,
             "history": asdict(self.history),
         }
         write_checkpoint(self.folder / CHECKPOINT, state)
@@ -196,8 +196,7 @@ class LoraTrainer:
         if not path.exists():
             return False
         state = read_checkpoint(path)
-        if self.minutes is not None and state["step"] >= TIMED:
-            self.recipe = replace(self.recipe, steps=state["recipe"]["steps"])
+        self.recipe = resumed(self.recipe, self.limit, state)
         same = sorted(state["weights"]) == self.names
         check_same_run(path, asdict(self.recipe), state["recipe"], same, "ranks", _FREE)
         with torch.no_grad():

@@ -13,7 +13,7 @@ import math
 import os
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,18 +48,59 @@ def learning_rate(peak: float, warmup_steps: int, steps: int, step: int) -> floa
     return peak * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
 
 
-def steps_that_fit(history: History, steps: int, minutes: float) -> int:
-    """Returns how many steps end after so many minutes of training, at most ``steps``.
+@dataclass
+class TimeLimit:
+    """``--minutes``: once some steps are timed, it is known how many there can be.
 
-    Args:
-        history: Of at least ``TIMED`` steps, of which the first half is not timed: it compiles.
-        steps: Of the recipe.
-        minutes: From the first step on.
+    Attributes:
+        minutes: From the run's first step on.
+        since: Steps that were not this process's.
     """
-    rows = history.losses
-    now = rows[-1]["seconds"]
-    each = (now - rows[-1 - TIMED // 2]["seconds"]) / (TIMED // 2)
-    return max(len(rows) + 1, min(steps, len(rows) + int((60 * minutes - now) / max(each, 1e-9))))
+
+    minutes: float
+    since: int = 0
+
+    def steps(self, history: History, steps: int) -> int | None:
+        """Returns how many steps fit, at most ``steps``; None at steps that nothing is learnt from.
+
+        The first half of the steps looked at is not timed: it compiles. Where steps are slow, a
+        few have to do. All processes ask at the same steps.
+        """
+        rows = history.losses[self.since :]
+        if len(rows) not in (4, TIMED):
+            return None
+        now, half = rows[-1]["seconds"], len(rows) // 2
+        if len(rows) == 4 and 8 * (now - rows[0]["seconds"]) < 60 * self.minutes:
+            return steps  # later is soon enough
+        each = (now - rows[half - 1]["seconds"]) / (len(rows) - half)
+        done = len(history.losses)
+        return max(done + 1, min(steps, done + int((60 * self.minutes - now) / max(each, 1e-9))))
+
+
+def bounded(
+    recipe: Any, limit: TimeLimit | None, history: History, accelerator: Accelerator
+) -> Any:
+    """Returns the recipe with as many steps as the limit allows, as the first process sees it."""
+    fit = limit.steps(history, recipe.steps) if limit else None
+    if fit is None:
+        return recipe
+    steps = agree(accelerator, fit)
+    warmup = min(recipe.warmup_steps, max(len(history.losses), steps // 10))
+    return replace(recipe, steps=steps, warmup_steps=warmup)
+
+
+def resumed(recipe: Any, limit: TimeLimit | None, state: Mapping[str, Any]) -> Any:
+    """Returns the recipe of a run that goes on under a limit: its checkpoint's number of steps.
+
+    They are fitted anew where the limit is another.
+    """
+    if limit is None:
+        return recipe
+    limit.since = len(state["history"]["losses"])
+    if state.get("minutes") == limit.minutes and limit.since >= TIMED:
+        limit.since = 10**9
+    theirs = state["recipe"]
+    return replace(recipe, steps=theirs["steps"], warmup_steps=theirs["warmup_steps"])
 
 
 def agree(accelerator: Accelerator, count: int) -> int:

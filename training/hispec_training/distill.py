@@ -99,9 +99,11 @@ def main(args: argparse.Namespace) -> int:
     from hispec.model.checkpoint import open_checkpoint
 
     checkpoint = open_checkpoint(args.model)
+    choice = choose_for(checkpoint.config, args.device.partition(":")[0])
+    if args.device == "auto":
+        args.device = choice.device.type
     if args.dtype == "auto":
-        bf16 = choose_for(checkpoint.config, args.device).dtype is torch.bfloat16
-        args.dtype = "bf16" if bf16 else "fp32"
+        args.dtype = "bf16" if choice.dtype is torch.bfloat16 else "fp32"
     records, skipped = _read_prompts(args)
     rows, cut = plan_rows(
         records,

@@ -23,7 +23,7 @@ from hispec_training.trunk import Trunk
 
 _BUCKET = 64  # positions by which a cache grows
 _GROUP = 16  # rows that share a cache
-_PROMPT_TOKENS = {"cpu": 4096, "cuda": 1 << 15}  # padded tokens of prompts run together
+_PROMPT_TOKENS = 4096  # padded tokens of prompts run together; on a GPU more
 
 
 class _Group:
@@ -126,7 +126,8 @@ class TrunkBatch(Batch):
         last = trunk.embedding.new_empty(len(rows), trunk.config.hidden_size)
         # One long prompt among short ones would pad them all.
         order = sorted(range(len(rows)), key=lambda i: sizes[i])
-        for part in cut(order, sizes, _PROMPT_TOKENS[trunk.device.type]):
+        limit = _PROMPT_TOKENS if trunk.device.type == "cpu" else 8 * _PROMPT_TOKENS
+        for part in cut(order, sizes, limit):
             width = max(sizes[i] for i in part)
             ids = torch.zeros(len(part), width, dtype=torch.long)
             for line, i in enumerate(part):

@@ -60,7 +60,7 @@ class LiveTexts:
         ]
 
     def pick_counts(self, vocab_size: int) -> Tensor:
-        """(V,) int64: how often each token occurs in responses, which the target picked mostly."""
+        """(V,) int64: how often each token occurs in responses: the target's picks, if sampled."""
         counts = torch.zeros(vocab_size, dtype=torch.int64)
         for x in self.examples:
             counts += torch.bincount(torch.tensor(x.ids[x.prompt_length :]), minlength=vocab_size)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -31,14 +31,14 @@ from hispec_training.batches import training_batches as stream
 from hispec_training.checkpoints import (
     BEST,
     CHECKPOINT,
-    TIMED,
     History,
-    agree,
+    TimeLimit,
+    bounded,
     check_same_run,
     diverged,
     learning_rate,
     read_checkpoint,
-    steps_that_fit,
+    resumed,
     write_checkpoint,
 )
 from hispec_training.evaluate import Tally, evaluate
@@ -124,7 +124,7 @@ class Trainer:
         on_step: Callable[[dict[str, float]], None] | None = None,
         minutes: float | None = None,
     ) -> None:
-        self.minutes = minutes
+        self.limit = None if minutes is None else TimeLimit(minutes)
         self.exits, self.cache, self.held_out = exits, cache, held_out
         self.recipe, self.folder = recipe, folder
         self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
@@ -159,11 +159,10 @@ class Trainer:
             self.elapsed_s = time.perf_counter() - start
             row |= {"step": self.step, "seconds": round(self.elapsed_s, 2)}
             self.history.losses.append(row)
+            self.recipe = bounded(self.recipe, self.limit, self.history, self.accelerator)
+            row["steps"] = self.recipe.steps
             if self.on_step is not None and self.accelerator.is_main_process:
                 self.on_step(row)
-            if self.minutes is not None and self.step == TIMED:
-                fit = steps_that_fit(self.history, recipe.steps, self.minutes)
-                self.recipe = replace(recipe, steps=agree(self.accelerator, fit))
             last = self.step == self.recipe.steps
             if self.held_out is not None and (last or self.step % recipe.eval_every == 0):
                 self._look()
@@ -187,6 +186,7 @@ class Trainer:
                 "elapsed_s": self.elapsed_s,
                 "best": self.best,
                 "recipe": asdict(self.recipe),
+                "minutes": self.limit and self.limit.minutes,
                 "specs": [spec.to_dict() for spec in self.exits.specs.values()],
                 "history": asdict(self.history),
             }
@@ -204,8 +204,7 @@ class Trainer:
             return False
         state = read_checkpoint(path)
         specs = [spec.to_dict() for spec in self.exits.specs.values()]
-        if self.minutes is not None and state["step"] >= TIMED:
-            self.recipe = replace(self.recipe, steps=state["recipe"]["steps"])
+        self.recipe = resumed(self.recipe, self.limit, state)
         check_same_run(path, asdict(self.recipe), state["recipe"], state["specs"] == specs, "heads")
         options = StateDictOptions(full_state_dict=True)
         set_state_dict(

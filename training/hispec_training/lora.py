@@ -239,7 +239,7 @@ def compare(
     text: Path | None,
     text_tokens: int | None,
 ) -> dict[str, Any]:
-    """Returns perplexity and agreement of both, one model in memory at a time."""
+    """Returns perplexity and agreement of both, one after the other."""
     import torch
 
     from hispec_training.quality import agreement, perplexity

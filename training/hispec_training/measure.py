@@ -79,7 +79,8 @@ def main(args: argparse.Namespace) -> int:
 def revive(saved: TrainedExits, checkpoint: Checkpoint) -> Exits:
     """Saved heads as they were under training, vocabulary included."""
     specs = [head.spec for head in saved.heads.values()]
-    exits = Exits(specs, checkpoint, torch.zeros(checkpoint.config.vocab_size))
+    counts = torch.zeros(checkpoint.config.vocab_size)
+    exits = Exits(specs, checkpoint, counts, fast_dtype("cpu"))
     load_into(exits, saved)
     for e, ids in saved.vocab_ids.items():
         if ids is not None:

@@ -49,15 +49,17 @@ def prepare(
         say(", ".join(f"{n:,} {what}" for what, n in counts.items()))
     if recomputes(args):
         return _live(checkpoint, layers, [x for found, _ in read for x in found], aside)
-    groups = {file: found for file, (found, _) in zip(files, read, strict=True)}
+    groups = [(file, found) for file, (found, _) in zip(files, read, strict=True)]
     return _cached(args, checkpoint, layers, work, groups, aside, loud)
 
 
 def recomputes(args: argparse.Namespace) -> bool:
-    """Whether the frozen layers run for every batch."""
+    """Whether the frozen layers run for every batch: on a GPU, unless a cache is asked for."""
     import torch
 
-    return torch.cuda.is_available() if args.recompute is None else args.recompute
+    if args.recompute is None:
+        return torch.cuda.is_available() and args.cache_gb is None
+    return args.recompute
 
 
 def _trunk(checkpoint: Checkpoint) -> Trunk:
@@ -92,7 +94,7 @@ def _cached(
     checkpoint: Checkpoint,
     layers: list[int],
     work: Path,
-    files: dict[Path, list[Example]],
+    files: list[tuple[Path, list[Example]]],
     aside: list[Example],
     loud: bool,
 ) -> tuple[ShardCache, ShardCache | None]:
@@ -106,7 +108,7 @@ def _cached(
         words = checkpoint.tensor("model.embed_tokens.weight").bfloat16()
     kept: list[Path] = []  # shards that distilling left
     examples: list[Example] = []  # those of all other files
-    for file, found in files.items():
+    for file, found in files:
         shards = sorted(shards_of(file).glob("shard-*.safetensors"))
         if shards and find_states(shards, found, checkpoint.fingerprint, layers):
             kept += shards
@@ -148,6 +150,8 @@ def _answered(
     args: argparse.Namespace, path: Path, index: int, work: Path, layers: list[int]
 ) -> Path:
     """The file itself if it holds tokenized answers, else one that does, made now."""
+    import torch
+
     from hispec_training import distill
     from hispec_training.data import read_jsonl
 
@@ -167,14 +171,27 @@ def _answered(
     distill.add_arguments(parser)
     given = ["--model", args.model, "--prompts", str(path), "--out", str(out), "--resume"]
     given += ["--max-new-tokens", str(args.max_new_tokens), "--seed", str(args.seed)]
-    if recomputes(args):
-        given += ["--device", "cuda", "--rows", "512", "--shard-rows", "4096"]
-    elif args.cache_gb is None:  # the cache of states costs no pass of its own then
+    if torch.cuda.is_available():
+        rows = _rows_that_fit(args)
+        given += ["--device", "cuda", "--rows", str(rows), "--shard-rows", str(8 * rows)]
+    if not recomputes(args) and args.cache_gb is None:  # the cache costs no pass of its own then
         given += ["--states", ",".join(map(str, layers[:-1])) or "0"]
     if args.distill_minutes is not None:
         given += ["--minutes", str(args.distill_minutes)]
     distill.main(parser.parse_args(given))
     return out
+
+
+def _rows_that_fit(args: argparse.Namespace) -> int:
+    """How many texts of a usual prompt's length a GPU's free memory holds, twice: caches grow."""
+    import torch
+
+    from hispec.model.checkpoint import open_checkpoint
+
+    config = open_checkpoint(args.model).config
+    token = 4 * config.num_layers * config.num_kv_heads * config.head_dim  # keys, values, 2 bytes
+    free, _ = torch.cuda.mem_get_info()
+    return max(8, min(1024, free // (3 * token * (512 + args.max_new_tokens))))
 
 
 def _tokenized(model: str, source: Path, out: Path) -> Path:

@@ -21,13 +21,13 @@ class Progress:
     """Steps on stderr: a bar on a terminal, a line every half minute elsewhere.
 
     Args:
-        steps: In all.
+        steps: In all; rows may know better.
         accelerator: Whose trackers get every row; None for none.
     """
 
     def __init__(self, steps: int, accelerator: Accelerator | None = None) -> None:
-        self.steps, self.accelerator = steps, accelerator
-        self._said = 0.0
+        self.accelerator = accelerator
+        self._said, self._steps = 0.0, steps
         self._bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -37,15 +37,18 @@ class Progress:
     def add(self, row: Mapping[str, float]) -> None:
         """One more row of the history."""
         if self.accelerator is not None:
-            self.accelerator.log({k: v for k, v in row.items() if k != "step"}, int(row["step"]))
+            values = {k: v for k, v in row.items() if k not in ("step", "steps")}
+            self.accelerator.log(values, int(row["step"]))
         shown = {k: f"{v:.3f}" for k, v in row.items() if k[:4] in ("loss", "top1", "righ")}
         text = " ".join(f"{k}={v}" for k, v in shown.items())
         if self._bar is not None:
             self._bar.n = int(row["step"])
+            self._bar.total = int(row.get("steps", self._bar.total))
             self._bar.set_postfix_str(text)
         elif time.monotonic() - self._said > 30 or any(k.startswith("top1") for k in row):
             self._said = time.monotonic()
-            line = f"step {row['step']:.0f}/{self.steps} {row['seconds']:.0f}s {text}"
+            self._steps = int(row.get("steps", self._steps))
+            line = f"step {row['step']:.0f}/{self._steps} {row['seconds']:.0f}s {text}"
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:

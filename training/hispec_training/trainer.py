@@ -1,8 +1,9 @@
 """``hispec train``: from a Llama and some prompts to exits worth accepting.
 
     data        the target's own answers; prompts without them are answered first (``distill``)
-    cache       the frozen trunk runs over every text once, its states go to disk (``shards``)
-    heads       started by least squares, then trained on the cache alone (``loop``)
+    cache       the frozen trunk runs over every text once, its states go to disk (``shards``); on
+                a GPU it runs for every batch instead (``live``)
+    heads       started by least squares, then trained on what the trunk said (``loop``)
     folder      the exits, their acceptance on held-out texts, a report (``export``, ``report``)
 
 Each stage leaves files in ``OUT/work`` and is skipped by ``--resume`` where they are whole, so a
@@ -87,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     steps = parser.add_argument_group("steps")
     steps.add_argument("--steps", type=int, default=None, help="optimizer steps")
     steps.add_argument("--epochs", type=float, default=2.0, help="if --steps is not given")
-    steps.add_argument("--minutes", type=float, default=None, help="train no longer than this")
+    steps.add_argument("--minutes", type=float, default=None, help="what fits into about so long")
     steps.add_argument("--batch-targets", type=int, default=2048, help="response tokens of a batch")
     steps.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
     steps.add_argument("--lr", type=float, default=1e-3, help="peak, after a warm-up")
@@ -251,6 +252,8 @@ def _check(args: argparse.Namespace) -> None:
     check_not_negative(args, ("head_vocab",))
     if not 0 <= args.dropout < 1:
         raise UsageError(f"--dropout must lie in [0, 1), got {args.dropout}.")
+    if args.recompute and args.cache_gb is not None:
+        raise UsageError("--cache-gb bounds states on disk, and --recompute keeps none: drop one.")
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out} is a file: give a folder.")
     if (args.out / "work" / "checkpoint.pt").exists() and not args.resume:

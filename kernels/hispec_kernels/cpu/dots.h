@@ -18,13 +18,15 @@
 
 typedef int32_t __attribute__((may_alias)) pair_t;
 
-/* What one call of dots does:
+/* The two functions `dots` below, for one kind of processor each, do this:
 
    out[t * ldo + 16 p] (16 rows): P panels, of n values a row, times T operands. Each is one chain over
-   k. On the way the P panels that are read next are fetched into the second-level cache; they lie
-   together, or the halves of them do. Panels are read side by side, but memory is read in the order in
-   which it lies: hardware does not prefetch past a page, and eight streams of them reach 85 % of the
-   bandwidth that one or two do. */
+   k. On the way the P panels that are read next are fetched into the second-level cache, every `turns`th
+   line beginning with number `turn`: the others are other calls' over the same panels. */
+
+/* Fetches what lies at k in the panels that are read next; they lie together, or the halves of them
+   do. Panels are read side by side, but memory is read in the order in which it lies: hardware does not
+   prefetch past a page, and eight streams of them reach 85 % of the bandwidth that one or two do. */
 static inline __attribute__((always_inline)) void fetch(const void *const *next, const int bytes,
                                                         int64_t k, const int P, const int p) {
   const int half = P > 1 ? P / 2 : 1, line = 2 * TILE * bytes;
@@ -108,6 +110,18 @@ typedef float wf __attribute__((vector_size(4 * WIDE)));
 typedef uint32_t wu __attribute__((vector_size(4 * WIDE)));
 typedef uint16_t wh __attribute__((vector_size(2 * WIDE)));
 
+/* a b + c, rounded once wherever the processor can: left to itself a compiler may round the product too
+   where it has one sum alone to add to, and the row would have other bits than in company. */
+static inline wf fused(wf a, wf b, wf c) {
+#if defined(__AVX512F__)
+  return (wf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (wf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
 /* The even or the odd values of some rows' pairs at w, of bf16 or of bytes. */
 static inline wf values_at(const char *w, const int bytes, const int odd) {
   wu pairs;
@@ -146,9 +160,9 @@ static inline __attribute__((always_inline)) void dots(const void *const *w, con
                             bytes, odd);
 #pragma GCC unroll 16
       for (int t = 0; t < T; t++) {
-        const float value = x[t * ldx + 2 * k + odd];
+        const wf splatted = x[t * ldx + 2 * k + odd] - (wf){0};
 #pragma GCC unroll 16
-        for (int p = 0; p < P * PARTS; p++) sum[p][t] += part[p] * value;
+        for (int p = 0; p < P * PARTS; p++) sum[p][t] = fused(part[p], splatted, sum[p][t]);
       }
     }
   }

@@ -1,8 +1,9 @@
 /* Products and attention of bf16 in pairs. See passes.inc.h.
 
    Sixteen rows of a matrix lie interleaved in pairs, a "panel": [k / 2][row][k % 2]. What is multiplied
-   with it is a pair of an operand at a time, so 16 sums grow side by side, none across lanes. Keys lie in panels of 16 positions, values in panels of 16
-   dimensions for each SPLIT positions: scores and weighted sums are products too. dots.h has them. */
+   with it is a pair of an operand at a time, so 16 sums grow side by side, none across lanes. Keys lie
+   in panels of 16 positions, values in panels of 16 dimensions for each SPLIT positions: scores and
+   weighted sums are products too. dots.h has them. */
 
 #include "dots.h"
 

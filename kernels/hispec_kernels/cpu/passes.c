@@ -26,14 +26,15 @@
 #include "lanes.h"
 #include <math.h>
 #include <omp.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #if defined(__AMX_BF16__) && defined(__linux__)
 #define HAS_AMX 1
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif defined(__AVX512BF16__) && defined(__AVX512BW__)
 #define HAS_DOTS 1
-#include <immintrin.h>
 #endif
 #ifndef HAS_AMX
 #define HAS_AMX 0
@@ -48,7 +49,7 @@
 #define MAX_NODES 32  /* of a draft tree */
 
 typedef struct {
-  const void *qkv, *output, *gate_up, *down;             /* (out, in), row-major or in tiles */
+  const void *qkv, *output, *gate_up, *down;             /* (out, in), as bf16_layout says; fp32 row-major */
   const float *attention_norm, *mlp_norm;                /* (D,) */
   const float *qkv_bias, *output_bias, *gate_up_bias, *down_bias;     /* or NULL */
   const float *qkv_scale, *output_scale, *gate_up_scale, *down_scale; /* of rows, where weights are bytes */

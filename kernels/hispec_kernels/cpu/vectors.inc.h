@@ -200,4 +200,3 @@ static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, co
   }
 #undef ATTEND
 }
-
