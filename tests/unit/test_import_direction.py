@@ -41,6 +41,7 @@ RANKS = {
     "answers": 6,
     "bench": 6,
     "hf": 6,
+    "hf_models": 6,
     "trial": 6,
     "commands": 7,
     "cli": 7,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import time
+from collections.abc import Callable
 
 import pytest
 
@@ -156,9 +157,20 @@ def test_twelve_levels_with_windows_to_sixteen_take_no_time() -> None:
     drafters = [SOURCES, *exits]
     costs = random_costs(draw, exits, [])
     acceptance = random_acceptance(draw, drafters)
-    best = float("inf")
-    for _ in range(5):
-        started = time.thread_time()
-        shortest(costs, acceptance, drafters, max_window=16)
-        best = min(best, time.thread_time() - started)
-    assert best < 0.05
+
+    def least(work: Callable[[], object]) -> float:
+        times = []
+        for _ in range(9):
+            started = time.thread_time()
+            work()
+            times.append(time.thread_time() - started)
+        return min(times)
+
+    def count() -> None:
+        total = 0
+        for i in range(2_000_000):
+            total += i
+
+    # 50 ms where Python counts to two million in as long; slower machines take in proportion.
+    allowed = max(0.05, least(count))
+    assert least(lambda: shortest(costs, acceptance, drafters, max_window=16)) < allowed
