@@ -315,7 +315,10 @@ def test_a_replay_knows_what_it_would_have_drafted(target: Path, cut: Path) -> N
     assert 0 < count.stood <= count.seen and acceptance.total(Key(name, "exit 4", OWN)).seen
 
 
-def test_plan_weighs_it(target: Path, cut: Path, tmp_path: Path, cache_home: Path, capsys) -> None:
+def test_plan_weighs_it(
+    target: Path, cut: Path, tmp_path: Path, cache_home: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the measured run's folder goes there
     write_prompts(tmp_path / "prompts.jsonl")
     command = ["plan", "--model", str(target), "--level", str(cut), "--dtype", "fp32"]
     command += ["--device", "cpu", "--prompts", str(tmp_path / "prompts.jsonl")]
