@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers.bench import PROMPTS, FakeMethod, save_agreeing_llama, write_prompts
 
-from hispec.bench import markdown, page, roster, rouge, sweep
+from hispec.bench import markdown, page, roster, rouge
 from hispec.bench.folder import RunFolder
 from hispec.bench.methods import Question, Workbench
 from hispec.bench.progress import Progress, clock_time
@@ -352,38 +352,6 @@ def test_pieces_are_the_text(lm: LM) -> None:
     ids = lm.encode("the café ∑ 🌍 the end", raw=True)
     found = pieces(lm.tokenizer, ids)
     assert len(found) == len(ids) and "".join(found) == "the café ∑ 🌍 the end"
-
-
-# ---------------------------------------------------------------------- sweep
-
-
-def test_the_grid_has_every_sensible_hierarchy() -> None:
-    found = sweep.grid([2, 4], [1, 2], [1, 2])
-    assert set(found) == {"2x1", "2x2", "4x1", "4x2", "2x1-4x1", "2x1-4x2", "2x2-4x2"}
-    assert sweep.default_exits(30, (4, 8)) == [4, 8]
-    assert sweep.default_exits(30, ()) == [4, 8, 10, 15]
-    with pytest.raises(UsageError, match="the sweep is empty"):
-        sweep.grid([], [1], [1])
-
-
-def test_the_best_are_measured_again_and_only_gains_become_auto() -> None:
-    grid = sweep.grid([2, 4], [1, 2], [2])
-
-    def document(**speeds: float) -> dict[str, Any]:
-        entries = {name: {"speedup": 0.5, "speedup_low": 0.4} for name in grid}
-        for name, speed in speeds.items():
-            found = name.replace("_", "-")
-            entries[found[1:]] = {"speedup": speed, "speedup_low": speed - 0.1}
-        return {"methods": entries}
-
-    again = sweep.finalists(document(l2x2=1.3, l4x1=1.2, l2x1_4x2=1.4), grid, 1)
-    assert list(again) == ["2x2", "2x1-4x2"]
-    chosen = sweep.best(document(l2x2=1.3, l2x1_4x2=1.05), again)
-    assert chosen["auto"]["name"] == "2x2"
-    assert chosen["hispec"]["levels"][0] == {"exit_layer": 2, "window": 1}
-    assert sweep.best(document(l2x2=1.05), again)["auto"] == {"name": "ar", "levels": []}
-    for name, value in chosen.items():
-        assert Hierarchy.from_json(value, name).levels
 
 
 # ---------------------------------------------------------------------- progress
