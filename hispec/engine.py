@@ -121,6 +121,9 @@ class Decoder:
         self.width = 1  # rows of the target's last pass
         self.asked = -1  # the node below which the databases were asked last
         parts = [(x.window, x.ranks, x.ranks or x.adaptive, x.name) for x in hierarchy.levels]
+        # Where looking at a pick means waiting for a device, the lowest level goes on without,
+        # unless its picks decide how.
+        self.hurries = drafter is None and levels[0].model.narrow.asynchronous
         self.levels = [
             _Level(runner, window, ranks, adaptive, LevelCounts(name))
             for runner, (window, ranks, adaptive, name) in zip(
@@ -165,6 +168,9 @@ class Decoder:
             and tree.tokens[level.tip] not in self.stops
             and len(tree) < MAX_WIDTH
         ):
+            if k == 0 and self.hurries:
+                self.hurry()
+                continue
             before, surplus = level.tip, self.step(k)
             newest = len(tree) - 1
             if surplus and level.tip == newest and tree.nodes.depths[newest] > goal:
@@ -232,26 +238,23 @@ class Decoder:
         With them, where the level adapts, its likeliest ids there and their chances.
         """
         started = time.perf_counter()
-        root, tree = len(self.tokens) - 1, self.tree
-        first, end = level.tip, len(tree)
-        known = self.tokens + tree.tokens[1:]
-        positions = [root + depth + 1 for depth in tree.nodes.depths[first:]]
+        tree, first = self.tree, level.tip
         judges = level is self.levels[-1]
         adapts = level.adaptive and self.drafter is not None
         most = SHOWN if judges else RANKS if level.ranks else 1
-        asked = self.picker.asked(most, positions, exact=judges)
-        found, visits = level.runner.run(known, root + first, root + end, tree.nodes, asked)
+        found, positions, visits = self.ask(level, most)
+        tree.read()
 
         def prefix(row: int) -> list[int]:
-            return self.tokens + tree.path(first + row)
+            return self.text(first + row)
 
         picks: Sequence[int]
         columns = level.runner.head.vocab_ids
         ranked = None
         if isinstance(found, tuple):  # the head went from states to its best ids
-            ids = found[0].tolist()  # sync: the tree grows on the host
-            picks = [row[0] for row in ids]
-            ranked = (ids, found[1].tolist()) if adapts else None
+            found = found[0].cpu(), found[1]  # sync: the tree grows on the host
+            picks = found[0][:, 0].tolist()
+            ranked = (found[0].tolist(), found[1].tolist()) if adapts else None
         elif judges:
             picks = self.picker.picks(found, positions, prefix, columns)
         elif adapts:
@@ -260,17 +263,64 @@ class Decoder:
         else:
             picks = self.picker.drafted(found, positions, prefix, columns)
         if judges:
-            self.width = end
+            self.width = len(tree)
             self.show(found)
+        self.count(level, visits, time.perf_counter() - started)
+        return picks, ranked
+
+    def hurry(self) -> None:
+        """The lowest level adds its pick behind its tip, unread where the head has left it on a
+        device. The host looks at a window's picks when the level above has run over them: once.
+        """
+        started = time.perf_counter()
+        level, tree = self.levels[0], self.tree
+        assert level.tip == len(tree) - 1, "without databases and branches a tree is a chain"
+        found, positions, visits = self.ask(level, 1)
+        name = level.counts.name
+        if isinstance(found, tuple):
+            level.tip = tree.append_unread(found[0][0, 0], level.tip, name)
+        else:
+            columns = level.runner.head.vocab_ids
+            picks = self.picker.drafted(found, positions, lambda _: self.text(level.tip), columns)
+            level.tip = tree.append(picks[0], level.tip, name)
+        self.count(level, visits, time.perf_counter() - started)
+
+    def ask(self, level: _Level, most: int) -> tuple[Found, list[int], int]:
+        """Runs a level over all it lacks.
+
+        Args:
+            level: one of the hierarchy's.
+            most: how many of a row's best ids are of use.
+
+        Returns:
+            What it found after its tip and all nodes behind it, the positions of the tokens that
+            these rows pick, and the layer visits it took.
+        """
+        root, tree, first = len(self.tokens) - 1, self.tree, level.tip
+        positions = [root + depth + 1 for depth in tree.nodes.depths[first:]]
+        asked = self.picker.asked(most, positions, exact=level is self.levels[-1])
+        known = self.tokens + tree.known()[1:]
+        end = root + len(tree)
+        found, visits = level.runner.run(known, root + first, end, tree.nodes, asked)
+        return found, positions, visits
+
+    def count(self, level: _Level, visits: int, elapsed: float) -> None:
+        """Counts a level's pass: the layer visits and the seconds it took."""
         level.counts.passes += 1
         level.counts.layer_visits += visits
-        elapsed = time.perf_counter() - started
         level.counts.time_s += elapsed
-        if self.drafter and not judges:
-            self.drafter.took(level.counts.name, end, elapsed)
-        elif self.drafter and visits == end * level.runner.boundary:  # no exit has run a part of it
-            self.drafter.took("", end, elapsed)
-        return picks, ranked
+        if not self.drafter:
+            return
+        rows = len(self.tree)
+        if level is not self.levels[-1]:
+            self.drafter.took(level.counts.name, rows, elapsed)
+        elif visits == rows * level.runner.boundary:  # no exit has run a part of it
+            self.drafter.took("", rows, elapsed)
+
+    def text(self, node: int) -> list[int]:
+        """Returns all ids down to a node of the tree."""
+        self.tree.read()
+        return self.tokens + self.tree.path(node)
 
     def show(self, found: Found) -> None:
         """Lets the databases learn what the target holds likely, after rejected nodes too."""
@@ -281,7 +331,7 @@ class Decoder:
         if not isinstance(found, tuple):
             found = top_k(found, min(SHOWN, found.shape[-1]))[::-1]
         top = found[0]  # (N, SHOWN)
-        self.drafter.observe(tokens, top.cpu().numpy(), before)  # sync: the host keeps them
+        self.drafter.observe(tokens, top.cpu().numpy(), before)  # sync, unless run has them
 
     def keep(self, kept: Sequence[int]) -> None:
         """Rejects all nodes but ``kept``, in the tree and in what every level knows."""

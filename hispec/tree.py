@@ -8,20 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from hispec.model.nodes import Nodes
+from hispec.model.passes import Token
+
+#: Stands for an id that a device has picked and the host has not looked at; no id is negative.
+UNREAD = -1
 
 
 class Tree:
     """Drafted tokens below a root.
 
     Attributes:
-        tokens: N ids; ``tokens[0]`` is the root's.
+        tokens: N ids, or UNREAD; ``tokens[0]`` is the root's.
         origins: N names of the level or source that put a token there; the root's is empty.
         values: N estimated chances that the text gets to a node; the root's is 1.
         nodes: parents, depths and places in the cache.
     """
 
-    __slots__ = ("_children", "nodes", "origins", "tokens", "values")
+    __slots__ = ("_children", "_unread", "nodes", "origins", "tokens", "values")
 
     def __init__(self, root: int, position: int = 0) -> None:
         """Plants ``root``, a token id, at an absolute ``position``."""
@@ -30,6 +37,7 @@ class Tree:
         self.values = [1.0]
         self.nodes = Nodes(position)
         self._children: dict[tuple[int, int], int] = {}
+        self._unread: dict[int, Tensor] = {}  # () int64 each, by node
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -43,6 +51,28 @@ class Tree:
         self.values.append(value)
         self._children[parent, token] = node
         return node
+
+    def append_unread(self, token: Tensor, parent: int, origin: str) -> int:
+        """Adds a () int64 of a device below a node without children, without looking at it."""
+        node = self.append(UNREAD, parent, origin)
+        self._unread[node] = token
+        return node
+
+    def known(self) -> list[Token]:
+        """Returns the tokens by node, the unread ones as the device has them."""
+        return [self._unread.get(node, token) for node, token in enumerate(self.tokens)]
+
+    def read(self) -> None:
+        """Looks at all unread tokens at once."""
+        if not self._unread:
+            return
+        ids = torch.stack(list(self._unread.values())).tolist()  # sync
+        for node, token in zip(self._unread, ids, strict=True):
+            parent = self.nodes.parents[node]
+            del self._children[parent, UNREAD]
+            self._children[parent, token] = node
+            self.tokens[node] = token
+        self._unread.clear()
 
     def child(self, node: int, token: int) -> int | None:
         """Returns the child of ``node`` that holds ``token``, if there is one."""
@@ -59,6 +89,7 @@ class Tree:
             kept: node numbers; ``kept[0]`` is 0.
         """
         assert kept[0] == 0, "a tree keeps its root"
+        assert not self._unread, "tokens are looked at before any is rejected"
         self.nodes.keep(kept)
         self.tokens = [self.tokens[node] for node in kept]
         self.origins = [self.origins[node] for node in kept]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -68,6 +68,19 @@ def upload(values: np.ndarray, device: torch.device) -> Tensor:
         return tensor.to(device)
     # From pageable memory the copy would wait; pinned blocks are kept by torch until it is over.
     return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def ids_on(device: torch.device, tokens: Sequence[int | Tensor]) -> Tensor:
+    """Returns ids on the device, (T,) int64, without looking at those that are there already.
+
+    Args:
+        device: where they are wanted.
+        tokens: numbers, and behind them () int64 tensors that the device holds.
+    """
+    count = sum(isinstance(token, int) for token in tokens)
+    known = upload(np.array(tokens[:count], np.int64), device)
+    unread = [token for token in tokens[count:] if isinstance(token, Tensor)]
+    return torch.cat([known, torch.stack(unread)]) if unread else known
 
 
 @contextmanager

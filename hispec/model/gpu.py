@@ -29,11 +29,11 @@ from torch import Tensor
 from hispec.model.block import Block
 from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig
-from hispec.model.device import upload
+from hispec.model.device import ids_on, upload
 from hispec.model.graphs import Graphs
 from hispec.model.linear import Linear
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Asked, Rotary
+from hispec.model.passes import Asked, Rotary, Token
 from hispec_kernels import gpu
 
 _Known = dict[Hashable, "torch.cuda.CUDAGraph | None"]
@@ -93,6 +93,7 @@ class GpuPasses:
     name = "triton"
     state_dtype = torch.float32
     min_width = 1
+    asynchronous = True
 
     def __init__(
         self, config: ModelConfig, rotary: Rotary, dtype: torch.dtype, device: torch.device
@@ -252,9 +253,9 @@ class GpuPasses:
         moves = upload(np.array([[len(sources)] * len(sources), sources, targets]), self._device)
         compact(kv.storage, moves[1], moves[2], moves[0])
 
-    def embed(self, linear: Linear, tokens: Sequence[int]) -> Tensor:
+    def embed(self, linear: Linear, tokens: Sequence[Token]) -> Tensor:
         """See :class:`~hispec.model.passes.Passes`."""
-        return linear.take(upload(np.array(tokens, np.int64), self._device))
+        return linear.take(ids_on(self._device, tokens))
 
     # ------------------------------------------------------------------ products
 

@@ -26,7 +26,7 @@ from hispec.model.exits import ExitHead, SharedHead
 from hispec.model.llama import Llama
 from hispec.model.nodes import MAX_WIDTH, Nodes
 from hispec.model.numerics import cached_min_width
-from hispec.model.passes import Asked, Found
+from hispec.model.passes import Asked, Found, Token
 
 
 class Level(Protocol):
@@ -48,7 +48,7 @@ class Level(Protocol):
 
     def run(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[Token],
         first: int,
         end: int,
         nodes: Nodes,
@@ -89,7 +89,7 @@ class Exit:
 
     def run(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[Token],
         first: int,
         end: int,
         nodes: Nodes,
@@ -151,7 +151,7 @@ class Separate:
 
     def run(
         self,
-        tokens: Sequence[int],
+        tokens: Sequence[Token],
         first: int,
         end: int,
         nodes: Nodes,

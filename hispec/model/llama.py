@@ -31,7 +31,7 @@ from hispec.model.gpu import gpu_passes
 from hispec.model.linear import Layout, Linear, onednn_available
 from hispec.model.native import NativePasses, native_library
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Passes, Rotary
+from hispec.model.passes import Passes, Rotary, Token
 from hispec.model.torch_passes import TorchPasses
 from hispec_kernels.attention import BUCKET
 from hispec_kernels.cpu import LAYOUTS
@@ -187,7 +187,7 @@ class Llama:
     def advance(
         self,
         cache: Cache,
-        tokens: Sequence[int],
+        tokens: Sequence[Token],
         upto: int,
         boundary: int,
         *,
@@ -222,7 +222,7 @@ class Llama:
             below, known = level, True
         return visits
 
-    def prefill(self, cache: Cache, tokens: Sequence[int]) -> int:
+    def prefill(self, cache: Cache, tokens: Sequence[Token]) -> int:
         """Runs all layers over the tokens the cache does not know yet; returns the layer visits.
 
         Chunks end at multiples of ``PREFILL_CHUNK``, so their shapes depend on positions alone.
@@ -233,7 +233,7 @@ class Llama:
             visits += self.advance(cache, tokens, end, cache.boundaries[-1], wide=True)
         return visits
 
-    def embed(self, tokens: Sequence[int]) -> Tensor:
+    def embed(self, tokens: Sequence[Token]) -> Tensor:
         """Returns (T, D)."""
         return self.narrow.embed(self.embedding, tokens)
 

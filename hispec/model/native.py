@@ -24,7 +24,7 @@ from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig
 from hispec.model.linear import Layout, Linear
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Asked, Rotary
+from hispec.model.passes import Asked, Rotary, Token
 from hispec.model.records import Table, shape_of, tree_of
 from hispec.model.store import cache_dir
 from hispec_kernels import cpu
@@ -72,6 +72,7 @@ class NativePasses:
     name = "compiled"
     state_dtype = torch.float32
     min_width = 1
+    asynchronous = False
 
     def __init__(
         self, config: ModelConfig, rotary: Rotary, dtype: torch.dtype, library: ctypes.CDLL
@@ -167,8 +168,8 @@ class NativePasses:
         )
         return x
 
-    def embed(self, linear: Linear, tokens: Sequence[int]) -> Tensor:
-        """See :class:`~hispec.model.passes.Passes`; the result is fp32."""
+    def embed(self, linear: Linear, tokens: Sequence[Token]) -> Tensor:
+        """See :class:`~hispec.model.passes.Passes`; the result is fp32, no id is a tensor."""
         if min(tokens) < 0 or max(tokens) >= linear.rows:
             raise IndexError(f"token ids must be in [0, {linear.rows - 1}]")
         ids = np.array(tokens, np.int64)

@@ -26,6 +26,8 @@ from hispec_kernels import rotate
 
 #: Logits, or the best ids and their odds.
 Found = Tensor | tuple[Tensor, Tensor]
+#: An id; or () int64 on a device that has picked it, where the host has not looked at it yet.
+Token = int | Tensor
 
 
 class Asked(NamedTuple):
@@ -53,11 +55,14 @@ class Passes(Protocol):
         name: of the way: ``torch``, ``compiled`` or ``triton``.
         state_dtype: dtype of hidden states between calls.
         min_width: the narrowest pass that rounds like all wider ones.
+        asynchronous: whether calls return before their work is done, so that looking at a result
+            is what takes time.
     """
 
     name: str
     state_dtype: torch.dtype
     min_width: int
+    asynchronous: bool
 
     def run(
         self,
@@ -81,7 +86,7 @@ class Passes(Protocol):
         """
         ...
 
-    def embed(self, linear: Linear, tokens: Sequence[int]) -> Tensor:
+    def embed(self, linear: Linear, tokens: Sequence[Token]) -> Tensor:
         """Returns the rows of an embedding, (T, D), for that many ids."""
         ...
 

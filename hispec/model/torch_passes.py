@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,10 +20,10 @@ from torch import Tensor
 from hispec.model.block import Block
 from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig
-from hispec.model.device import upload
+from hispec.model.device import ids_on
 from hispec.model.linear import Linear
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Asked, Rotary
+from hispec.model.passes import Asked, Rotary, Token
 from hispec_kernels import decode_attention, rms_norm, rope_write, swiglu
 from hispec_kernels.attention import BUCKET, ROWS
 
@@ -76,6 +75,7 @@ class TorchPasses:
         self._rotary = rotary
         self.exact = exact
         self.min_width = 1
+        self.asynchronous = device.type != "cpu"
         self.state_dtype = dtype
         self.scale = 1.0 / math.sqrt(config.head_dim)
         self.group = config.num_heads // config.num_kv_heads
@@ -117,9 +117,9 @@ class TorchPasses:
         """See :class:`Passes`."""
         return None
 
-    def embed(self, linear: Linear, tokens: Sequence[int]) -> Tensor:
+    def embed(self, linear: Linear, tokens: Sequence[Token]) -> Tensor:
         """See :class:`Passes`."""
-        return linear.take(upload(np.array(tokens, np.int64), self._cos.device))
+        return linear.take(ids_on(self._cos.device, tokens))
 
     def store(self, projected: Tensor, position: int, kv: KVCache, layer: int) -> None:
         """See :class:`Passes`."""

@@ -184,11 +184,16 @@ def replay(
     return done
 
 
+#: Passes that are looked up: there is no device to wait for.
+_LOOKED_UP = SimpleNamespace(asynchronous=False)
+
+
 def _apart(start: int, capacity: int) -> Any:
     """What stands in for a separate model that has read a prompt: its cache's watermark."""
     cache = Cache([1], 1, 1, 1, capacity, torch.float32, torch.device("cpu"))
     cache.computed[1] = start
-    return SimpleNamespace(context=capacity, cache=cache, boundary=1, keep=cache.keep)
+    model = SimpleNamespace(narrow=_LOOKED_UP)
+    return SimpleNamespace(model=model, context=capacity, cache=cache, boundary=1, keep=cache.keep)
 
 
 def _replay(
@@ -209,7 +214,9 @@ def _replay(
     if drafter:
         drafter.begin(tokens)
     model: Any = SimpleNamespace(  # all that is asked of it where no layer runs
-        config=lm.model.config, keep=lambda cache, root, kept: cache.keep(root, kept)
+        config=lm.model.config,
+        narrow=_LOOKED_UP,
+        keep=lambda cache, root, kept: cache.keep(root, kept),
     )
     head: Any = SimpleNamespace(truncate=lambda length: None)
     levels: list[Any] = [_apart(shadow.start, capacity) for _ in hierarchy.models]

@@ -36,6 +36,7 @@ from hispec.model.nodes import Nodes
 from hispec.model.passes import Asked
 from hispec.model.torch_passes import TorchPasses
 from hispec.sampling import Sampling
+from hispec.tree import UNREAD, Tree
 from hispec_kernels import exit_head, gpu
 
 exact_dots()
@@ -279,7 +280,9 @@ def decode(model: Llama, hierarchy: Hierarchy, sampling: Sampling, count: int) -
         cache = model.new_cache(boundaries)
         model.prefill(cache, tokens)
         tokens.append(
-            picker.picks(model.logits(cache.states[3][length - 1 : length]), [length], None)[0]
+            picker.picks(
+                model.logits(cache.states[3][length - 1 : length]), [length], lambda _: tokens
+            )[0]
         )
         levels = [Exit(model, cache, b, SharedHead(model, b)) for b in boundaries]
         decoder = Decoder(levels, tokens, hierarchy, picker)
@@ -288,7 +291,14 @@ def decode(model: Llama, hierarchy: Hierarchy, sampling: Sampling, count: int) -
     return tokens[length:]
 
 
-@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0.8, seed=3)], ids=["greedy", "T=0.8"])
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "T=0.8": Sampling(0.8, seed=3),
+    "top 9": Sampling(0.8, seed=3, top_k=9),
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
 def test_the_engine_yields_the_references_tokens(fp32: Llama, sampling: Sampling) -> None:
     ours, count = fp32.narrow, 6
     plain = decode(fp32, Hierarchy(), sampling, count)
@@ -299,6 +309,23 @@ def test_the_engine_yields_the_references_tokens(fp32: Llama, sampling: Sampling
         assert decode(fp32, Hierarchy(), sampling, count) == plain
     finally:
         fp32.narrow = ours
+
+
+def test_the_host_looks_at_a_round_once(fp32: Llama) -> None:
+    seen: list[int] = []
+    read = Tree.read
+
+    def counted(tree: Tree) -> None:
+        seen.append(tree.tokens.count(UNREAD))
+        read(tree)
+
+    hierarchy, count = Hierarchy((Level(1, 3),)), 12
+    with mock.patch.object(Tree, "read", counted):
+        drafted = decode(fp32, hierarchy, Sampling(), count)
+    assert drafted == decode(fp32, Hierarchy(), Sampling(), count)
+    assert seen[0] == 3, "a whole window is drafted before any of it is read"
+    assert 0 not in seen[:-1], "every look is at a round's whole window"
+    assert len(seen) < count, "some were accepted"
 
 
 # ------------------------------------------------------------------ what is not there

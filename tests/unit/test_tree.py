@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from hispec.tree import Tree, follow
+from hispec.tree import UNREAD, Tree, follow
 from hispec_kernels import follow as follow_op
 
 
@@ -57,6 +57,21 @@ def test_follow_takes_the_path_and_the_pick_behind_it() -> None:
     assert follow(tree, [3, 4], first=2) == ([3], 4)
     assert follow(tree, [5], first=3) == ([], 5)
     assert follow(Tree(7), [5]) == ([], 5)
+
+
+def test_what_a_device_has_picked_is_read_at_once() -> None:
+    tree = Tree(7)
+    first = tree.append_unread(torch.tensor(5), 0, "exit 4")
+    second = tree.append_unread(torch.tensor(6), first, "exit 4")
+    third = tree.append(8, second)
+    assert tree.tokens == [7, UNREAD, UNREAD, 8]
+    assert [int(token) for token in tree.known()] == [7, 5, 6, 8]
+    assert tree.child(0, 5) is None
+    tree.read()
+    tree.read()
+    assert tree.tokens == [7, 5, 6, 8] == tree.known()
+    assert (tree.child(0, 5), tree.child(first, 6), tree.child(second, 8)) == (first, second, third)
+    assert tree.child(0, UNREAD) is None
 
 
 def test_follow_goes_to_a_sibling() -> None:
