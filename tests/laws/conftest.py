@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.register_assert_rewrite("helpers.laws", "helpers.lms")
+pytest.register_assert_rewrite("helpers.chats", "helpers.failures", "helpers.laws", "helpers.lms")
 
 from helpers.lms import HEAD_KINDS, open_lm, save_exits, save_model  # noqa: E402
 

@@ -5,14 +5,9 @@ from __future__ import annotations
 import gc
 
 import pytest
-from helpers.laws import (
-    Injected,
-    Letters,
-    continues_like_plain,
-    failing_at,
-    interrupted_then_fresh,
-    random_prompt,
-)
+from helpers.chats import Letters, continues_like_plain
+from helpers.failures import Injected, failing_at, interrupted_then_fresh
+from helpers.laws import random_prompt
 from helpers.lms import chain, plain
 
 from hispec.errors import HispecError

@@ -11,8 +11,8 @@ from unittest import mock
 
 import pytest
 import torch
+from helpers.chats import continues_like_plain
 from helpers.laws import (
-    continues_like_plain,
     heads_forget,
     no_layer_twice,
     random_prompt,

@@ -6,12 +6,11 @@ import random
 from unittest import mock
 
 import pytest
+from helpers.chats import continues_like_plain
 from helpers.drafting import Oracle, drafting, ranking
+from helpers.failures import failing_at, interrupted_then_fresh
 from helpers.laws import (
-    continues_like_plain,
     counts_add_up,
-    failing_at,
-    interrupted_then_fresh,
     no_layer_twice,
     random_hierarchy,
     random_prompt,

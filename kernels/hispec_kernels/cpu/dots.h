@@ -41,9 +41,14 @@ typedef uint16_t operand_t; /* [t / 16][k / 2][t % 16][k % 2] */
 #define MOST 16 /* operands multiplied at once */
 #define FITS(P, T) (P * T + P <= 30) /* into the registers */
 
-/* sum += the panel's pairs x one pair. The intrinsic would load the pair in an instruction of its own. */
+/* sum += the panel's pairs x one pair. The intrinsic would load the pair in an instruction of its own.
+   Tests define it in C. */
+#ifndef DOT_PAIRS
+#define DOT_PAIRS(sum, panel, pair) \
+  __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(panel), "m"(*(const pair_t *)(pair)))
+#endif
 static inline vf dot_pairs(vf sum, vu panel, const uint16_t *pair) {
-  __asm__("vdpbf16ps %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(panel), "m"(*(const pair_t *)pair));
+  DOT_PAIRS(sum, panel, pair);
   return sum;
 }
 
@@ -91,36 +96,13 @@ static inline __attribute__((always_inline)) void dots(const void *const *w, con
 typedef float operand_t; /* [t][k], each value a bf16 */
 #define OPERAND_AT(x, t, ldx) ((x) + (t) * (ldx))
 
-/* Vectors as wide as registers are: the compiler would keep wider ones in memory. */
-#if defined(__AVX512F__)
-#define WIDE 16
+#if WIDE == 16
 #define MOST 16
 #define FITS(P, T) (P * T + 2 * P <= 30)
 #else
-#if defined(__AVX2__)
-#define WIDE 8
-#else
-#define WIDE 4
-#endif
 #define MOST 6
 #define FITS(P, T) (T == 1 || P * T + P <= 7) /* a panel's 16 lanes take two of 16, or four of 32 */
 #endif
-#define PARTS (TILE / WIDE) /* of a panel */
-typedef float wf __attribute__((vector_size(4 * WIDE)));
-typedef uint32_t wu __attribute__((vector_size(4 * WIDE)));
-typedef uint16_t wh __attribute__((vector_size(2 * WIDE)));
-
-/* a b + c, rounded once wherever the processor can: left to itself a compiler may round the product too
-   where it has one sum alone to add to, and the row would have other bits than in company. */
-static inline wf fused(wf a, wf b, wf c) {
-#if defined(__AVX512F__)
-  return (wf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
-#elif defined(__AVX2__) && defined(__FMA__)
-  return (wf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
-#else
-  return a * b + c;
-#endif
-}
 
 /* The even or the odd values of some rows' pairs at w, of bf16 or of bytes. */
 static inline wf values_at(const char *w, const int bytes, const int odd) {

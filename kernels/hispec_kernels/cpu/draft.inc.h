@@ -52,7 +52,7 @@ void NAME(draft)(const NAME(head_t) * head, const shape_t *shape, const NAME(pla
                   T, kv, scratch, threads);
     NAME(project)(head->deep_kv, head->deep_scale, NULL, KV, D, head->deep_norm, eps,
                   at->finals + at->final * D, T, more, scratch, threads);
-    for (int64_t i = 0; i < T * KV; i++) kv[i] += more[i];
+    add_to(kv, more, T * KV);
     CACHED(store_rows)((STORE_T *)head->block.keys, (STORE_T *)head->block.values, shape, kv, T,
                        at->final, cos, sin);
   }
@@ -67,7 +67,7 @@ void NAME(draft)(const NAME(head_t) * head, const shape_t *shape, const NAME(pla
     for (int64_t t = 0; t < W; t++) {
       const int64_t behind = position_of(nodes, at->start + t) - at->root;
       const int64_t map = behind < 0 ? 0 : LEAST(behind, head->maps - 1);
-      for (int64_t d = 0; d < D; d++) x[t * D + d] += at->feature[map * D + d];
+      add_to(x + t * D, at->feature + map * D, D);
     }
   if (head->block.qkv)
     NAME(run_layers)(&head->block, 1, shape, x, W, at->start, NULL, tree, cos, sin, scratch, threads);

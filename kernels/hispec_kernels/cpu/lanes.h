@@ -1,5 +1,8 @@
 /* Vectors of 16 words, GCC's and Clang's own: any CPU they compile for has them. */
 #pragma once
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #include <stdint.h>
 #include <string.h>
 
@@ -25,6 +28,44 @@ static inline float lanes_sum(vf v) {
 }
 
 static inline vf splat(float x) { return x - (vf){0}; }
+
+/* Vectors as wide as registers are: the compiler would keep wider ones in memory. */
+#if defined(__AVX512F__)
+#define WIDE 16
+#elif defined(__AVX2__)
+#define WIDE 8
+#else
+#define WIDE 4
+#endif
+#define PARTS (LANES / WIDE)
+typedef float wf __attribute__((vector_size(4 * WIDE)));
+typedef uint32_t wu __attribute__((vector_size(4 * WIDE)));
+typedef uint16_t wh __attribute__((vector_size(2 * WIDE)));
+
+/* a b + c, rounded once wherever the processor can: left to itself a compiler may round the product too
+   where it has one sum alone to add to, and the row would have other bits than in company. */
+static inline wf fused(wf a, wf b, wf c) {
+#if defined(__AVX512F__)
+  return (wf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__) && defined(__FMA__)
+  return (wf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+/* y += x */
+static inline void add_to(float *y, const float *x, int64_t n) {
+  int64_t i = 0;
+  for (; i + LANES <= n; i += LANES) {
+    vf a, b;
+    memcpy(&a, y + i, 64);
+    memcpy(&b, x + i, 64);
+    a += b;
+    memcpy(y + i, &a, 64);
+  }
+  for (; i < n; i++) y[i] += x[i];
+}
 
 static inline vf larger(vf a, vf b) {
   const vi first = a > b;

@@ -7,6 +7,22 @@
 
 #include "dots.h"
 
+/* y (+)= sums + bias */
+#if !SEVEN
+static inline void put_sums(float *y, const float *sums, const float *bias, int64_t rows, int add) {
+  int64_t r = 0;
+  for (; r + LANES <= rows; r += LANES) {
+    vf sum, b = splat(0.0f), before = splat(0.0f);
+    memcpy(&sum, sums + r, 64);
+    if (bias) memcpy(&b, bias + r, 64);
+    if (add) memcpy(&before, y + r, 64);
+    sum = before + (sum + b);
+    memcpy(y + r, &sum, 64);
+  }
+  for (; r < rows; r++) y[r] = (add ? y[r] : 0.0f) + (sums[r] + (bias ? bias[r] : 0.0f));
+}
+#endif
+
 #define ROWS_SHARED TILE
 #define ROWS_ATTENDED(group) (TILE / (group))
 #define KEY_AT(p, d, dim) (((p) & ~15) * (dim) + ((d) >> 1) * 2 * TILE + ((p) & 15) * 2 + ((d) & 1))
@@ -60,9 +76,7 @@ static void NAME(product)(const WEIGHT_T *w, const float *scale, const float *bi
         NAME(scaled)(sums, whole + from, some, scale, row + p * TILE, p);
 #endif
       for (int64_t t = 0; t < some; t++) {
-        float *out = y + (from + t) * total + row;
-        for (int64_t r = 0; r < rows; r++)
-          out[r] = (add ? out[r] : 0.0f) + (sums[t][r] + (bias ? bias[row + r] : 0.0f));
+        put_sums(y + (from + t) * total + row, sums[t], bias ? bias + row : NULL, rows, add);
       }
     }
   }
@@ -188,10 +202,12 @@ static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, co
     panels(panel, whole, q, dim, dim, queries, next, score[0], SPLIT);
     for (int c = 0; c < queries; c++) {
       const int64_t r = c / group, seen = own[r] + 1 - base < SPLIT ? own[r] + 1 - base : SPLIT;
-      for (int64_t i = whole * TILE; i < seen; i++) {
+      if (whole * TILE < seen) {
         const int32_t *path = path_of(nodes, slot + r);
-        const int64_t at = base + i, root = nodes->root;
-        score[c][i] = by_slot[c][(at < root ? at : root + path[at - root]) - tail];
+        const int64_t root = nodes->root, end = LEAST(seen, root - base);
+        int64_t i = whole * TILE;
+        for (; i < end; i++) score[c][i] = by_slot[c][base + i - tail];
+        for (; i < seen; i++) score[c][i] = by_slot[c][root + path[base + i - root] - tail];
       }
       for (int64_t i = seen > 0 ? seen : 0; i < SPLIT; i++) score[c][i] = -INFINITY;
       vf *row = (vf *)score[c], highest = row[0];

@@ -17,42 +17,56 @@ static inline void NAME(load)(const STORE_T *p, vf *low, vf *high) {
 #define ROWS_SHARED 4
 #define ROWS_ATTENDED(group) 1
 
-/* out[r][t] = row r of the weights times operand t, for 4 rows and T operands. */
+/* Operands multiplied at once: as many as the registers can hold 4 rows' sums of. */
+#define SOME (WIDE == 16 ? 4 : 2)
+
+/* out[r][t] = row r of the weights times operand t, for 4 rows and T operands. Each is the sum of 16
+   chains over k, whatever registers hold of them at a time. */
 static inline __attribute__((always_inline)) void NAME(dots)(
-    const STORE_T *const w[4], const float *x, int64_t ldx, int64_t n, const int T, float out[4][4]) {
-  vf sum[4][4];
-  for (int r = 0; r < 4; r++)
-    for (int t = 0; t < T; t++) sum[r][t] = splat(0.0f);
-  for (int64_t k = 0; k < n; k += STEP) {
-    vf low[4], high[4];
-    for (int r = 0; r < 4; r++) {
-      NAME(load)(w[r] + k, &low[r], &high[r]);
-      /* Hardware prefetch stops at pages; 4 rows ahead is where this thread reads next. */
-      __builtin_prefetch(w[r] + k + 4 * n, 0, 3);
-      __builtin_prefetch(w[r] + k + 4 * n + LANES, 0, 3);
-    }
-    for (int t = 0; t < T; t++) {
-      vf a, b;
-      memcpy(&a, x + t * ldx + k, 64);
-      memcpy(&b, x + t * ldx + k + LANES, 64);
+    const STORE_T *const w[4], const float *x, int64_t ldx, int64_t n, const int T, float out[4][SOME]) {
+  vf sums[4][SOME];
+#pragma GCC unroll 4
+  for (int part = 0; part < PARTS; part++) {
+    wf sum[4][SOME];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) sum[r][t] = (wf){0};
+    for (int64_t k = part * WIDE; k < n; k += LANES) {
+      wf row[4];
+#pragma GCC unroll 4
       for (int r = 0; r < 4; r++) {
-        sum[r][t] += low[r] * a;
-        sum[r][t] += high[r] * b;
+        memcpy(&row[r], w[r] + k, sizeof(wf));
+        /* Hardware prefetch stops at pages; 4 rows ahead is where this thread reads next. */
+        if (part == 0) __builtin_prefetch(w[r] + k + 4 * n, 0, 3);
+      }
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) {
+        wf a;
+        memcpy(&a, x + t * ldx + k, sizeof(wf));
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) sum[r][t] = fused(row[r], a, sum[r][t]);
       }
     }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; r++)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; t++) memcpy((float *)&sums[r][t] + part * WIDE, &sum[r][t], sizeof(wf));
   }
   for (int r = 0; r < 4; r++)
-    for (int t = 0; t < T; t++) out[r][t] = lanes_sum(sum[r][t]);
+    for (int t = 0; t < T; t++) out[r][t] = lanes_sum(sums[r][t]);
 }
 
 /* Calls dots with T a constant, so that the sums stay in registers. */
 static inline void NAME(dots_any)(const STORE_T *const w[4], const float *x, int64_t ldx, int64_t n,
-                                  int T, float out[4][4]) {
+                                  int T, float out[4][SOME]) {
   switch (T) {
     case 1: NAME(dots)(w, x, ldx, n, 1, out); break;
+#if WIDE == 16
     case 2: NAME(dots)(w, x, ldx, n, 2, out); break;
     case 3: NAME(dots)(w, x, ldx, n, 3, out); break;
-    default: NAME(dots)(w, x, ldx, n, 4, out);
+#endif
+    default: NAME(dots)(w, x, ldx, n, SOME, out);
   }
 }
 
@@ -64,9 +78,9 @@ static void NAME(product)(const WEIGHT_T *w, const float *scale, const float *bi
   for (int64_t row = first; row < last; row += 4) {
     const STORE_T *rows[4];
     for (int r = 0; r < 4; r++) rows[r] = w + (row + r < last ? row + r : last - 1) * n;
-    for (int64_t t = 0; t < width; t += 4) {
-      const int T = width - t < 4 ? (int)(width - t) : 4;
-      float out[4][4];
+    for (int64_t t = 0; t < width; t += SOME) {
+      const int T = width - t < SOME ? (int)(width - t) : SOME;
+      float out[4][SOME];
       NAME(dots_any)(rows, x + t * n, n, n, T, out);
       for (int r = 0; r < 4 && row + r < last; r++) {
         const float b = bias ? bias[row + r] : 0.0f;
@@ -87,9 +101,9 @@ static void NAME(gated)(const WEIGHT_T *w, const float *scale, const float *bias
   for (int64_t i = first; i < last; i += 2) {
     const int64_t j = i + 1 < last ? i + 1 : i;
     const STORE_T *rows[4] = {w + i * n, w + j * n, w + (total + i) * n, w + (total + j) * n};
-    for (int64_t t = 0; t < width; t += 4) {
-      const int T = width - t < 4 ? (int)(width - t) : 4;
-      float out[4][4];
+    for (int64_t t = 0; t < width; t += SOME) {
+      const int T = width - t < SOME ? (int)(width - t) : SOME;
+      float out[4][SOME];
       NAME(dots_any)(rows, x + t * n, n, n, T, out);
       for (int r = 0; r < 2 && i + r < last; r++) {
         const float bg = bias ? bias[i + r] : 0.0f, bu = bias ? bias[total + i + r] : 0.0f;
@@ -200,3 +214,4 @@ static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, co
   }
 #undef ATTEND
 }
+#undef SOME

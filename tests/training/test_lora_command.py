@@ -1,0 +1,61 @@
+"""``hispec train --mode lora``: from prompts and answers to a measured, merged model."""
+
+import json
+
+import pytest
+
+from hispec.cli import main as hispec
+from hispec.loading import load
+from hispec.model.checkpoint import open_checkpoint
+from hispec.model.exits import SharedHead
+from hispec_training.checkpoints import CHECKPOINT
+
+
+def command(folder, out, *more):
+    base = ["train", "--mode", "lora", "--model", str(folder), "--exits", "1,3"]
+    base += ["--data", str(folder / "data.jsonl"), "--out", str(out), "--steps", "4"]
+    return [*base, "--rank", "4", "--deep-rank", "2", "--batch-tokens", "256", *map(str, more)]
+
+
+def test_command_trains_measures_and_merges(make_llama, tmp_path, cache_home, capsys):
+    folder, out = make_llama(), tmp_path / "out"
+    rows = [
+        {"prompt_ids": list(range(i, i + 9)), "response_ids": list(range(3, 15)), "category": "c"}
+        for i in range(30)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "text.txt").write_text("the cat sat on a mat " * 40)
+    assert hispec(command(folder, out, "--perplexity", tmp_path / "text.txt")) == 0
+    assert capsys.readouterr().out == ""
+    quality = json.loads((out / "quality.json").read_text())
+    before, after = quality["before"], quality["after"]
+    assert before["greedy_agreement"]["all"] > 0.9  # bf16 both times, in other batches
+    assert set(after["exits"]) == {"1", "3"}
+    change = after["perplexity"] / before["perplexity"] - 1
+    assert quality["perplexity_change"] == pytest.approx(change, abs=1e-3)
+    assert open_checkpoint(out / "merged").config.num_layers == 6
+    assert (out / "adapter_model.safetensors").exists()
+    # the adapter's folder opens as the merged model, and knows its exits
+    assert open_checkpoint(out).fingerprint == open_checkpoint(out / "merged").fingerprint
+    lm = load(out, exits=out, dtype="fp32")
+    assert lm.exits.exit_layers == (1, 3) and isinstance(lm.head(3), SharedHead)
+    assert "perplexity" in (out / "README.md").read_text()
+    assert (out / "report" / "curves.png").exists()
+    assert (out / "work" / CHECKPOINT).exists()
+    assert hispec(command(folder, out)) == 2
+    assert "--resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--exits", "6"], "exit_layer must be in [0, 5] for this 6-layer model, got 6"),
+        (["--exits", "0"], "before the first layer there is nothing to adapt"),
+        (["--rank", "0"], "--rank must be at least 1"),
+        (["--layer-dropout", "1"], "--layer-dropout must lie in"),
+        (["--perplexity", "nowhere.txt"], "There is no file nowhere.txt"),
+    ],
+)
+def test_bad_options_are_one_sentence(tiny_llama, tmp_path, capsys, more, message):
+    assert hispec(command(tiny_llama, tmp_path / "out", *more)) == 2
+    assert message in capsys.readouterr().err
