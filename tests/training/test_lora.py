@@ -42,7 +42,11 @@ def assert_same(one, other):
 def test_layers_outside_the_model_are_refused(checkpoint):
     with pytest.raises(UsageError, match="got 6"):
         add_lora(checkpoint, (2, 6), SHAPE, torch.float32, seed=0)
+
+
+def test_a_share_of_positions_is_rounded_up() -> None:
     assert kept_count(10, 0.25) == 3
+    assert kept_count(8, 0.25) == 2
 
 
 def test_fresh_updates_change_nothing(checkpoint):
