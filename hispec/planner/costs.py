@@ -62,15 +62,16 @@ def keep_price_slope(model: Llama, slope: float) -> None:
     remembered("slopes", model, lambda: slope, anew=True)
 
 
-def level_cost(model: Llama, head: ExitHead, exit_layer: int) -> float:
+def level_cost(model: Llama, head: ExitHead, exit_layer: int, label: str = "") -> float:
     """Returns the time of an exit's pass and head over a few rows, relative to a target's of one.
 
     Args:
         model: the target.
         head: the exit's.
         exit_layer: e.
+        label: see :func:`cost_table`.
     """
-    costs = cost_table(model, {exit_layer: head})
+    costs = cost_table(model, {exit_layer: head}, label=label)
     return costs.pass_s(f"exit {exit_layer}", 0, LEVEL_ROWS) / costs.plain_s
 
 
