@@ -28,7 +28,7 @@ distill() { "$PYTHON" -m hispec.cli distill --model smollm2-135m --resume "$@"; 
 distill --prompts "$out/prompts/heldout.jsonl" --out "$out/heldout.jsonl" \
   --max-new-tokens 160 --sampled-fraction 0 --keep-order --rows 96
 distill --prompts "$spec" --out "$out/spec_eval.jsonl" --max-prompt-tokens 2400 \
-  --max-new-tokens 128 --sampled-fraction 0 --keep-order --rows 96 --shard-rows 480
+  --max-new-tokens 128 --sampled-fraction 0 --keep-order --rows 96 --shard-rows 480 --states 4,8
 distill --prompts "$out/prompts/train.jsonl" --exclude "$spec" --out "$out/train.jsonl" \
   --max-new-tokens 160 --max-prompt-tokens 800 --rows 128 --shard-rows 512 --sampled-fraction 0.35 \
   --states 4,8 ${MINUTES:+--minutes "$MINUTES"}

@@ -4,7 +4,8 @@
 
 Prints one JSON document with each exit's table: agreement over all positions, by category, by
 distance from the root, and the mean run of right guesses for every window. ``--write`` makes it
-the acceptance table of the folder's config and model card.
+the acceptance table of the folder's config and model card. What ``hispec distill --states`` has
+kept of the texts is not computed again.
 """
 
 from __future__ import annotations
@@ -18,11 +19,13 @@ from pathlib import Path
 import torch
 
 from hispec.model.checkpoint import Checkpoint, open_checkpoint
+from hispec_training.answers import shards_of
 from hispec_training.evaluate import ROUND, Costs, evaluate, tokens_per_ms
 from hispec_training.exits import Exits
 from hispec_training.export import TrainedExits, load_into
 from hispec_training.options import run
-from hispec_training.shards import build_shards, read_examples
+from hispec_training.shard_cache import ShardCache
+from hispec_training.shards import Example, build_shards, find_states, read_examples
 from hispec_training.trunk import Trunk, fast_dtype
 
 
@@ -48,16 +51,29 @@ def main(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(args.model)
     saved = TrainedExits.from_pretrained(args.exits, checkpoint)
     exits = revive(saved, checkpoint)
-    examples, _ = read_examples([Path(name) for name in args.data], args.max_length)
+    layers = sorted({*exits.specs, checkpoint.config.num_layers} - {0})
+    kept: list[Path] = []  # shards that distilling left
+    examples: list[Example] = []  # those of all other files
+    for file in map(Path, args.data):
+        found, _ = read_examples([file], args.max_length)
+        shards = sorted(shards_of(file).glob("shard-*.safetensors"))
+        if shards and find_states(shards, found, checkpoint.fingerprint, layers):
+            kept += shards
+        else:
+            examples += found
     with tempfile.TemporaryDirectory() as scratch:
-        cache = build_shards(
-            args.cache or Path(scratch),
-            examples,
-            lambda: Trunk(checkpoint),
-            fingerprint=checkpoint.fingerprint,
-            layers=sorted({*exits.specs, checkpoint.config.num_layers}),
-            progress=lambda done, total: print(f"{done}/{total} shards", file=sys.stderr),
-        )
+        if examples:
+            kept += build_shards(
+                args.cache or Path(scratch),
+                examples,
+                lambda: Trunk(checkpoint),
+                fingerprint=checkpoint.fingerprint,
+                layers=layers,
+                progress=lambda done, total: print(f"{done}/{total} shards", file=sys.stderr),
+            ).paths
+        cache = ShardCache(kept)
+        if 0 in exits.specs:  # before the first layer, states are looked up
+            cache.words = checkpoint.tensor("model.embed_tokens.weight").bfloat16()
         tallies = evaluate(
             exits, cache, shifts=range(args.shifts), autocast=fast_dtype("cpu") is torch.bfloat16
         )
