@@ -20,6 +20,9 @@ Invariants. The tree's tokens follow the committed ones. Every level's tip is an
 below it. A pass runs only the layers between an exit and the one below, from stored states: no
 layer runs twice for a token. Only the target's step commits, and all it commits are its own picks:
 what happens below decides how many tokens a round yields, never which.
+
+Where a device computes, the host waits for it only to decide something. A chain's picks decide
+nothing until the level above has run over them, so they stay on the device, unread (``hurry``).
 """
 
 from __future__ import annotations
@@ -54,7 +57,8 @@ class LevelCounts:
             included; a separate model's are of its own layers, which may be smaller.
         drafted_at: drafted tokens by their place in the window handed up.
         accepted_at: accepted ones likewise.
-        time_s: wall time of its passes.
+        time_s: wall time of its passes, until the host goes on: what it does not wait for falls to
+            the level above.
     """
 
     name: str
@@ -123,7 +127,7 @@ class Decoder:
         parts = [(x.window, x.ranks, x.ranks or x.adaptive, x.name) for x in hierarchy.levels]
         # Where looking at a pick means waiting for a device, the lowest level goes on without,
         # unless its picks decide how.
-        self.hurries = drafter is None and levels[0].model.narrow.asynchronous
+        self.hurries = drafter is None and levels[0].asynchronous
         self.levels = [
             _Level(runner, window, ranks, adaptive, LevelCounts(name))
             for runner, (window, ranks, adaptive, name) in zip(
@@ -206,7 +210,7 @@ class Decoder:
             return False
         first = level.tip
         picks, ranked = self.run(level)
-        path, token = follow(tree, picks, first)
+        path, token = follow(tree, picks, first, self.stops)
         end = path[-1] if path else first
         chance = ranked[1][end - first][0] if ranked else None
         if k > 0:
@@ -242,7 +246,7 @@ class Decoder:
         judges = level is self.levels[-1]
         adapts = level.adaptive and self.drafter is not None
         most = SHOWN if judges else RANKS if level.ranks else 1
-        found, positions, visits = self.ask(level, most)
+        found, positions, visits = self.pass_over(level, most)
         tree.read()
 
         def prefix(row: int) -> list[int]:
@@ -254,7 +258,7 @@ class Decoder:
         if isinstance(found, tuple):  # the head went from states to its best ids
             found = found[0].cpu(), found[1]  # sync: the tree grows on the host
             picks = found[0][:, 0].tolist()
-            ranked = (found[0].tolist(), found[1].tolist()) if adapts else None
+            ranked = (found[0].tolist(), found[1].tolist()) if adapts else None  # sync: done by now
         elif judges:
             picks = self.picker.picks(found, positions, prefix, columns)
         elif adapts:
@@ -265,27 +269,29 @@ class Decoder:
         if judges:
             self.width = len(tree)
             self.show(found)
-        self.count(level, visits, time.perf_counter() - started)
+        self.tally(level, visits, time.perf_counter() - started)
         return picks, ranked
 
     def hurry(self) -> None:
-        """The lowest level adds its pick behind its tip, unread where the head has left it on a
-        device. The host looks at a window's picks when the level above has run over them: once.
+        """The lowest level adds its pick behind its tip, unread where a device is left to hold it.
+
+        The host waits once for a window's picks: when the level above has run over them.
         """
         started = time.perf_counter()
         level, tree = self.levels[0], self.tree
         assert level.tip == len(tree) - 1, "without databases and branches a tree is a chain"
-        found, positions, visits = self.ask(level, 1)
+        found, positions, visits = self.pass_over(level, 1)
         name = level.counts.name
         if isinstance(found, tuple):
             level.tip = tree.append_unread(found[0][0, 0], level.tip, name)
         else:
             columns = level.runner.head.vocab_ids
+            # sync: these logits have rules to be picked by, and the host has the rules
             picks = self.picker.drafted(found, positions, lambda _: self.text(level.tip), columns)
             level.tip = tree.append(picks[0], level.tip, name)
-        self.count(level, visits, time.perf_counter() - started)
+        self.tally(level, visits, time.perf_counter() - started)
 
-    def ask(self, level: _Level, most: int) -> tuple[Found, list[int], int]:
+    def pass_over(self, level: _Level, most: int) -> tuple[Found, list[int], int]:
         """Runs a level over all it lacks.
 
         Args:
@@ -304,7 +310,7 @@ class Decoder:
         found, visits = level.runner.run(known, root + first, end, tree.nodes, asked)
         return found, positions, visits
 
-    def count(self, level: _Level, visits: int, elapsed: float) -> None:
+    def tally(self, level: _Level, visits: int, elapsed: float) -> None:
         """Counts a level's pass: the layer visits and the seconds it took."""
         level.counts.passes += 1
         level.counts.layer_visits += visits
@@ -330,8 +336,8 @@ class Decoder:
         before = [self.tokens[-2], *(tokens[parent] for parent in parents[1:])]
         if not isinstance(found, tuple):
             found = top_k(found, min(SHOWN, found.shape[-1]))[::-1]
-        top = found[0]  # (N, SHOWN)
-        self.drafter.observe(tokens, top.cpu().numpy(), before)  # sync, unless run has them
+        top = found[0].cpu().numpy()  # (N, SHOWN)  sync: unless the ids are here already
+        self.drafter.observe(tokens, top, before)
 
     def keep(self, kept: Sequence[int]) -> None:
         """Rejects all nodes but ``kept``, in the tree and in what every level knows."""

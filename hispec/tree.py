@@ -6,7 +6,7 @@ the root; siblings differ. A chain is a tree in which node ``i + 1`` is the chil
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 
 import torch
 from torch import Tensor
@@ -66,7 +66,7 @@ class Tree:
         """Looks at all unread tokens at once."""
         if not self._unread:
             return
-        ids = torch.stack(list(self._unread.values())).tolist()  # sync
+        ids = torch.stack(list(self._unread.values())).tolist()  # sync: the host walks
         for node, token in zip(self._unread, ids, strict=True):
             parent = self.nodes.parents[node]
             del self._children[parent, UNREAD]
@@ -99,7 +99,9 @@ class Tree:
         }
 
 
-def follow(tree: Tree, picks: Sequence[int], first: int = 0) -> tuple[list[int], int]:
+def follow(
+    tree: Tree, picks: Sequence[int], first: int = 0, stops: Container[int] = ()
+) -> tuple[list[int], int]:
     """Walks down from node ``first`` for as long as a child equals the pick at its parent.
 
     The only verification rule: greedy or sampled, chain or tree. ``hispec_kernels.follow`` is the
@@ -110,6 +112,7 @@ def follow(tree: Tree, picks: Sequence[int], first: int = 0) -> tuple[list[int],
         picks: a level's pick after each of the nodes ``first``, …, ``len(tree) - 1``; only those
             that the walk reaches are read.
         first: the last node this level already stands behind.
+        stops: ids that end a text: what was drafted behind one counts for nothing.
 
     Returns:
         The accepted nodes below ``first``, in order, and the pick after the last of them.
@@ -119,7 +122,7 @@ def follow(tree: Tree, picks: Sequence[int], first: int = 0) -> tuple[list[int],
     while True:
         token = picks[node - first]
         child = tree.child(node, token)
-        if child is None:
+        if child is None or (path and tree.tokens[node] in stops):
             return path, token
         path.append(child)
         node = child

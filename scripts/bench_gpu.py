@@ -140,7 +140,7 @@ def spec(bench: Bench) -> Iterator[Row]:
     """Our methods, in every dtype this device is fast at."""
     dtypes = ["fp32"] if bench.device.type == "cpu" else ["bf16", "fp16"]
     for dtype in dtypes:
-        names = bench.args.methods.split(",")
+        names = [name.strip() for name in bench.args.methods.split(",")]
         yield from compare(bench, dtype, names[:2] if bench.args.tiny else names)
 
 
@@ -234,7 +234,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default=",".join(STAGES), metavar="STAGES")
     parser.add_argument("--model", default="smollm2-135m", metavar="M")
     parser.add_argument("--exits", metavar="DIR")
-    parser.add_argument("--methods", default=",".join(OURS), metavar="LIST", help="of spec")
+    parser.add_argument(
+        "--methods",
+        default=",".join(OURS),
+        metavar="LIST",
+        help="presets and files of hierarchies for spec",
+    )
     parser.add_argument("--shapes", default="135M,1B,8B", metavar="LIST", help="also 70B")
     parser.add_argument("--prompts", default="builtin", metavar="FILE")
     parser.add_argument("--limit", type=int, default=12, metavar="K")

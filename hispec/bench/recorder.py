@@ -28,10 +28,10 @@ class Recorder(Decoder):
         self.origins += self.tree.origins[1:]
         return super().commit()
 
-    def run(self, level: _Level) -> Any:
-        """See ``Decoder.run``."""
+    def pass_over(self, level: _Level, most: int) -> Any:
+        """See ``Decoder.pass_over``."""
         self.note_reads(level)
-        return super().run(level)
+        return super().pass_over(level, most)
 
     def note_reads(self, level: _Level) -> None:
         """Counts the weights a level's pass is about to read; lifting reads those below too."""

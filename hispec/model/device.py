@@ -77,10 +77,13 @@ def ids_on(device: torch.device, tokens: Sequence[int | Tensor]) -> Tensor:
         device: where they are wanted.
         tokens: numbers, and behind them () int64 tensors that the device holds.
     """
-    count = sum(isinstance(token, int) for token in tokens)
-    known = upload(np.array(tokens[:count], np.int64), device)
-    unread = [token for token in tokens[count:] if isinstance(token, Tensor)]
-    return torch.cat([known, torch.stack(unread)]) if unread else known
+    count = next((i for i, x in enumerate(tokens) if isinstance(x, Tensor)), len(tokens))
+    known = upload(np.array(tokens[:count], np.int64), device) if count else None
+    if count == len(tokens):
+        return torch.empty(0, dtype=torch.int64, device=device) if known is None else known
+    unread = torch.stack([token for token in tokens[count:] if isinstance(token, Tensor)])
+    assert count + len(unread) == len(tokens), "numbers come first"
+    return unread if known is None else torch.cat([known, unread])
 
 
 @contextmanager

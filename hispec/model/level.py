@@ -38,8 +38,10 @@ class Level(Protocol):
         cache: what it knows of the text.
         boundary: its own in the cache: ``layers[0:boundary]`` have run.
         head: from the states there to logits.
+        asynchronous: see :class:`~hispec.model.passes.Passes`.
     """
 
+    asynchronous: bool
     model: Llama
     context: int
     cache: Cache
@@ -83,6 +85,7 @@ class Exit:
     def __init__(self, model: Llama, cache: Cache, boundary: int, head: ExitHead) -> None:
         self.model = model
         self.context = model.config.max_positions
+        self.asynchronous = model.narrow.asynchronous
         self.cache = cache
         self.boundary = boundary
         self.head = head
@@ -123,6 +126,7 @@ class Separate:
     def __init__(self, model: Llama) -> None:
         self.model = model
         self.context = model.config.max_positions
+        self.asynchronous = model.narrow.asynchronous
         self.boundary = model.config.num_layers
         self.cache = model.new_cache([self.boundary])
         self.head: ExitHead = SharedHead(model, self.boundary)

@@ -184,16 +184,13 @@ def replay(
     return done
 
 
-#: Passes that are looked up: there is no device to wait for.
-_LOOKED_UP = SimpleNamespace(asynchronous=False)
-
-
 def _apart(start: int, capacity: int) -> Any:
     """What stands in for a separate model that has read a prompt: its cache's watermark."""
     cache = Cache([1], 1, 1, 1, capacity, torch.float32, torch.device("cpu"))
     cache.computed[1] = start
-    model = SimpleNamespace(narrow=_LOOKED_UP)
-    return SimpleNamespace(model=model, context=capacity, cache=cache, boundary=1, keep=cache.keep)
+    return SimpleNamespace(
+        context=capacity, cache=cache, boundary=1, keep=cache.keep, asynchronous=False
+    )
 
 
 def _replay(
@@ -215,7 +212,7 @@ def _replay(
         drafter.begin(tokens)
     model: Any = SimpleNamespace(  # all that is asked of it where no layer runs
         config=lm.model.config,
-        narrow=_LOOKED_UP,
+        narrow=SimpleNamespace(asynchronous=False),
         keep=lambda cache, root, kept: cache.keep(root, kept),
     )
     head: Any = SimpleNamespace(truncate=lambda length: None)

@@ -72,6 +72,7 @@ def _include(header: str) -> list[str]:
 _ALL_BUILDS = {
     "native": [],
     "no tiles": ["-mno-amx-tile", "-mno-amx-bf16"],
+    "avx512": ["-march=skylake-avx512"],
     "avx2": ["-march=haswell"],
     "narrow": ["-march=x86-64-v2"],
     "emulated tiles": ["-D__AMX_BF16__", *_include("amx.h")],
@@ -80,23 +81,23 @@ _ALL_BUILDS = {
 
 
 def _distinct() -> dict[str, list[str]]:
-    """The builds that differ on this processor: lesser ones than its own, and greater ones."""
-    has = {
-        name: getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()
-        for name in ("amx_tile", "avx512_bf16", "avx512")
+    """The builds that differ from this processor's own, and that it can run."""
+    wanted = {
+        "no tiles": ("amx_tile",),
+        "avx512": ("avx512_bf16",),
+        "avx2": ("avx512",),
+        "emulated dots": ("avx2",),
     }
-    if has["amx_tile"]:
-        same = {"emulated tiles", "emulated dots"}
-    elif has["avx512_bf16"]:
-        same = {"no tiles", "emulated dots"}
-    else:
-        same = {"no tiles"} if has["avx512"] else {"no tiles", "avx2"}
-    return {name: flags for name, flags in _ALL_BUILDS.items() if name not in same}
+    return {
+        name: flags
+        for name, flags in _ALL_BUILDS.items()
+        if all(getattr(torch.cpu, f"_is_{x}_supported")() for x in wanted.get(name, ()))
+    }
 
 
 BUILDS = _distinct()
 #: Those that keep bf16 in pairs, which is what bytes are read like.
-PAIRED = [x for x in BUILDS if x in ("no tiles", "avx2", "emulated dots")]
+PAIRED = [x for x in BUILDS if x in ("no tiles", "avx512", "avx2", "emulated dots")]
 if "no tiles" not in BUILDS:
     PAIRED.append("native")
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers.compiled import BUILDS, DTYPES
+
+pytest.register_assert_rewrite("helpers.compiled")
+from helpers.compiled import BUILDS, DTYPES  # noqa: E402
 
 #: Tiles and dots are for bf16 alone.
 KINDS = [(x, y) for x in DTYPES for y in BUILDS if x == "bf16" or not y.startswith("emulated")]

@@ -1,5 +1,5 @@
 /* The dot products of pairs (AVX512-BF16) in plain C, so that the code for them is checked on processors
-   without them. */
+   without them. What is too small to be normal is not flushed to zero. */
 #pragma once
 #include <immintrin.h>
 #include <stdint.h>

@@ -167,7 +167,7 @@ def test_stored_keys_and_values_lie_where_a_pass_reads_them(
     setup.passes.store(projected, 90, found, 1)
     plain.store(projected, 90, wanted, 1)
     for cells, plain_cells in zip(setup.by_position(found), wanted.storage.unbind(1), strict=True):
-        if build == "narrow":  # which rounds products by themselves, as torch does not
+        if build in ("narrow", "emulated dots"):  # which round products by themselves
             near(cells[1].float(), plain_cells[1].double(), TOLERANCE[dtype])
         else:
             assert torch.equal(cells[1], plain_cells[1])

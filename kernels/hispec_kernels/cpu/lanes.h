@@ -2,6 +2,8 @@
 #pragma once
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 #include <stdint.h>
 #include <string.h>
@@ -49,22 +51,36 @@ static inline wf fused(wf a, wf b, wf c) {
   return (wf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif defined(__AVX2__) && defined(__FMA__)
   return (wf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (wf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
 }
 
-/* y += x */
+/* y += x, of n values, a multiple of 16 */
 static inline void add_to(float *y, const float *x, int64_t n) {
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES) {
+  for (int64_t i = 0; i < n; i += LANES) {
     vf a, b;
     memcpy(&a, y + i, 64);
     memcpy(&b, x + i, 64);
     a += b;
     memcpy(y + i, &a, 64);
   }
-  for (; i < n; i++) y[i] += x[i];
+}
+
+/* y (+)= sums + bias */
+static inline void put_sums(float *y, const float *sums, const float *bias, int64_t rows, int add) {
+  int64_t r = 0;
+  for (; r + LANES <= rows; r += LANES) {
+    vf sum, b = splat(0.0f), before = splat(0.0f);
+    memcpy(&sum, sums + r, 64);
+    if (bias) memcpy(&b, bias + r, 64);
+    if (add) memcpy(&before, y + r, 64);
+    sum = before + (sum + b);
+    memcpy(y + r, &sum, 64);
+  }
+  for (; r < rows; r++) y[r] = (add ? y[r] : 0.0f) + (sums[r] + (bias ? bias[r] : 0.0f));
 }
 
 static inline vf larger(vf a, vf b) {

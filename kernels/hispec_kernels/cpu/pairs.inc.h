@@ -7,22 +7,6 @@
 
 #include "dots.h"
 
-/* y (+)= sums + bias */
-#if !SEVEN
-static inline void put_sums(float *y, const float *sums, const float *bias, int64_t rows, int add) {
-  int64_t r = 0;
-  for (; r + LANES <= rows; r += LANES) {
-    vf sum, b = splat(0.0f), before = splat(0.0f);
-    memcpy(&sum, sums + r, 64);
-    if (bias) memcpy(&b, bias + r, 64);
-    if (add) memcpy(&before, y + r, 64);
-    sum = before + (sum + b);
-    memcpy(y + r, &sum, 64);
-  }
-  for (; r < rows; r++) y[r] = (add ? y[r] : 0.0f) + (sums[r] + (bias ? bias[r] : 0.0f));
-}
-#endif
-
 #define ROWS_SHARED TILE
 #define ROWS_ATTENDED(group) (TILE / (group))
 #define KEY_AT(p, d, dim) (((p) & ~15) * (dim) + ((d) >> 1) * 2 * TILE + ((p) & 15) * 2 + ((d) & 1))
@@ -75,9 +59,8 @@ static void NAME(product)(const WEIGHT_T *w, const float *scale, const float *bi
       for (int64_t p = 0; p < count; p++)
         NAME(scaled)(sums, whole + from, some, scale, row + p * TILE, p);
 #endif
-      for (int64_t t = 0; t < some; t++) {
+      for (int64_t t = 0; t < some; t++)
         put_sums(y + (from + t) * total + row, sums[t], bias ? bias + row : NULL, rows, add);
-      }
     }
   }
 }

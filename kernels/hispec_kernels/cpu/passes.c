@@ -14,7 +14,7 @@
    are rounded to bf16, as every bf16 library does.
 
    Exactness. Each output is one chain of multiply-adds in an order that its own operands fix: a dot
-   product walks its row once, in tiles, in pairs or in vectors of 16 lanes that are added as a fixed tree;
+   product walks its row in tiles, in pairs or in 16 chains, one a lane, that are added as a fixed tree;
    attention walks positions in ascending order in blocks of 128, merged in order. Which other rows
    share the pass, how many, and how many threads there are changes nothing. Every width is in the
    width class. A node of a draft tree walks its own path in order of position, wherever its ancestors
@@ -26,9 +26,6 @@
 #include "lanes.h"
 #include <math.h>
 #include <omp.h>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 #if defined(__AMX_BF16__) && defined(__linux__)
 #define HAS_AMX 1
 #include <sys/syscall.h>

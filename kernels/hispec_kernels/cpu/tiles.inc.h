@@ -16,6 +16,7 @@ static inline void NAME(panels)(const STORE_T *const w[2], const NAME(operand) *
   _tile_zero(1);
   if (width <= TILE) {
     for (int64_t k = 0; k < n * TILE; k += STEP * TILE) {
+#pragma GCC unroll 16
       for (int r = 0; r < TILE; r++) {
         __builtin_prefetch((const char *)(w[0] + k) + AHEAD + 64 * r, 0, 2);
         __builtin_prefetch((const char *)(w[1] + k) + AHEAD + 64 * r, 0, 2);

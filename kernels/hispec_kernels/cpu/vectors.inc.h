@@ -1,4 +1,4 @@
-/* Products and attention of fp32 in vectors of 16. See passes.inc.h. */
+/* Products and attention of fp32, in 16 lanes. See passes.inc.h. */
 
 #define KEY_AT(p, d, dim) ((p) * (dim) + (d))
 #define VALUE_AT(p, d, dim) ((p) * (dim) + (d))
@@ -7,11 +7,6 @@ typedef float NAME(operand);
 #define OPERAND_FLOATS(width, n) ((width) * (n))
 static inline void NAME(put_lanes)(NAME(operand) * x, int64_t n, int64_t t, int64_t k, vf values) {
   memcpy(x + t * n + k, &values, 64);
-}
-
-static inline void NAME(load)(const STORE_T *p, vf *low, vf *high) {
-  memcpy(low, p, 64);
-  memcpy(high, p + LANES, 64);
 }
 
 #define ROWS_SHARED 4
@@ -141,14 +136,19 @@ static inline __attribute__((always_inline)) void NAME(attend)(
     for (int64_t p = 0; p < count; p++) {
       const STORE_T *key = keys + at[p];
       vf dot[MAX_GROUP];
-      for (int64_t g = 0; g < group; g++) dot[g] = splat(0.0f);
-      for (int64_t k = 0; k < dim; k += STEP) {
-        vf low, high;
-        NAME(load)(key + k, &low, &high);
-        for (int64_t g = 0; g < group; g++) {
-          dot[g] += low * *(const vf *)(q[g] + k);
-          dot[g] += high * *(const vf *)(q[g] + k + LANES);
+#pragma GCC unroll 4
+      for (int part = 0; part < PARTS; part++) {
+        wf sums[MAX_GROUP], k;
+#pragma GCC unroll 16
+        for (int64_t g = 0; g < group; g++) sums[g] = (wf){0};
+        for (int64_t d = part * WIDE; d < dim; d += LANES) {
+          memcpy(&k, key + d, sizeof k);
+#pragma GCC unroll 16
+          for (int64_t g = 0; g < group; g++) sums[g] = fused(k, *(const wf *)(q[g] + d), sums[g]);
         }
+#pragma GCC unroll 16
+        for (int64_t g = 0; g < group; g++)
+          memcpy((float *)&dot[g] + part * WIDE, &sums[g], sizeof(wf));
       }
       for (int64_t g = 0; g < group; g++) score[g][p] = lanes_sum(dot[g]);
     }
@@ -167,23 +167,28 @@ static inline __attribute__((always_inline)) void NAME(attend)(
       weight[g] = weight[g] * keep + lanes_sum(total);
       for (int64_t d = 0; d < dim; d += LANES) *(vf *)(sum[g] + d) *= keep;
     }
-    for (int64_t k = 0; k < dim; k += STEP) {
-      vf a[MAX_GROUP], b[MAX_GROUP];
+    for (int64_t d = 0; d < dim; d += 2 * WIDE) {
+      wf a[MAX_GROUP], b[MAX_GROUP];
+#pragma GCC unroll 16
       for (int64_t g = 0; g < group; g++) {
-        a[g] = *(vf *)(sum[g] + k);
-        b[g] = *(vf *)(sum[g] + k + LANES);
+        memcpy(&a[g], sum[g] + d, sizeof(wf));
+        memcpy(&b[g], sum[g] + d + WIDE, sizeof(wf));
       }
       for (int64_t p = 0; p < count; p++) {
-        vf low, high;
-        NAME(load)(values + at[p] + k, &low, &high);
+        wf low, high;
+        memcpy(&low, values + at[p] + d, sizeof(wf));
+        memcpy(&high, values + at[p] + d + WIDE, sizeof(wf));
+#pragma GCC unroll 16
         for (int64_t g = 0; g < group; g++) {
-          a[g] += low * score[g][p];
-          b[g] += high * score[g][p];
+          const wf share = score[g][p] - (wf){0};
+          a[g] = fused(low, share, a[g]);
+          b[g] = fused(high, share, b[g]);
         }
       }
+#pragma GCC unroll 16
       for (int64_t g = 0; g < group; g++) {
-        *(vf *)(sum[g] + k) = a[g];
-        *(vf *)(sum[g] + k + LANES) = b[g];
+        memcpy(sum[g] + d, &a[g], sizeof(wf));
+        memcpy(sum[g] + d + WIDE, &b[g], sizeof(wf));
       }
     }
   }
