@@ -171,6 +171,7 @@ def test_twelve_levels_with_windows_to_sixteen_take_no_time() -> None:
         for i in range(2_000_000):
             total += i
 
-    # 50 ms where Python counts to two million in as long; slower machines take in proportion.
-    allowed = max(0.05, least(count))
+    # 50 ms where Python counts to two million in half as long; slower machines take in proportion,
+    # which interpreters and caches make a rough one.
+    allowed = max(0.05, 2 * least(count))
     assert least(lambda: shortest(costs, acceptance, drafters, max_window=16)) < allowed
