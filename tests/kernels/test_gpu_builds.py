@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import subprocess
@@ -10,9 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed: pip install triton", allow_module_level=True)
 
 ROOT = Path(__file__).parents[2]
 BUILD = """

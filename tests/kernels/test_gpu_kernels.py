@@ -12,11 +12,8 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
-
-pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
-
 from helpers.interpreter import exact_dots
+from torch import Tensor
 
 from hispec.model.nodes import Nodes
 from hispec_kernels import exit_head as reference_head

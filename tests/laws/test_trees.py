@@ -61,8 +61,16 @@ def test_a_tree_is_its_branches(zoo, kind: str, root: int) -> None:
     trees_are_branches(zoo("gqa", kind), root, root, BOUNDARIES[root % 4])
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["tied mha", "biases"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (name, kind)
+        for name in ("tied mha", "biases")
+        for kind in KINDS
+        # the compiled passes cover multiples of 32
+        if name != "tied mha" or kind.startswith("torch")
+    ],
+)
 def test_a_tree_is_its_branches_in_other_models(zoo, name: str, kind: str) -> None:
     lm = zoo(name, kind)
     trees_are_branches(lm, 250, 3, [2, lm.model.config.num_layers])

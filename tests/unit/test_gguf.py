@@ -298,3 +298,16 @@ def test_gguf_of_other_models(tmp_path: Path, cache_home: Path) -> None:
     assert "mixture of experts" in refusal(tmp_path / "moe.gguf")
     (tmp_path / "text.gguf").write_text("not a model at all")
     assert "not a GGUF file" in refusal(tmp_path / "text.gguf")
+
+
+def test_a_type_that_cannot_be_dequantized_is_named(tmp_path: Path, cache_home: Path) -> None:
+    path, name = tmp_path / "model.gguf", b"blk.0.ffn_up.weight"
+    write_gguf(path, save_tiny_llama(tmp_path / "original"), byte_tokenizer())
+    data = bytearray(path.read_bytes())
+    at = data.index(name) + len(name) + 4 + 2 * 8  # behind the number of sizes and the sizes
+    f32, i32 = 0, 26  # as long, but no weights
+    assert data[at] == f32
+    data[at] = i32
+    path.write_bytes(data)
+    assert f"stores {name.decode()} as I32, which cannot be dequantized here" in refusal(path)
+    assert not list(cache_home.rglob("config.json"))

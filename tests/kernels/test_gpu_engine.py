@@ -1,0 +1,79 @@
+"""The engine on the GPU's passes: the reference's tokens, and one look a round."""
+
+from __future__ import annotations
+
+import random
+from unittest import mock
+
+import pytest
+import torch
+from helpers.gpu_llama import (
+    CONFIG,
+    DEVICE,
+)
+
+from hispec.engine import Decoder
+from hispec.hierarchy import Hierarchy, Level
+from hispec.model.exits import SharedHead
+from hispec.model.level import Exit
+from hispec.model.llama import Llama
+from hispec.model.torch_passes import TorchPasses
+from hispec.sampling import Sampling
+from hispec.tree import UNREAD, Tree
+
+
+def decode(model: Llama, hierarchy: Hierarchy, sampling: Sampling, count: int) -> list[int]:
+    tokens = [random.Random(1).randrange(53) for _ in range(9)]
+    length = len(tokens)
+    boundaries = [*hierarchy.exit_layers, 3]
+    picker = sampling.picker(length, vocab_size=53)
+    with torch.inference_mode():
+        cache = model.new_cache(boundaries)
+        model.prefill(cache, tokens)
+        tokens.append(
+            picker.picks(
+                model.logits(cache.states[3][length - 1 : length]), [length], lambda _: tokens
+            )[0]
+        )
+        levels = [Exit(model, cache, b, SharedHead(model, b)) for b in boundaries]
+        decoder = Decoder(levels, tokens, hierarchy, picker)
+        while len(tokens) < length + count:
+            decoder.round(length + count - len(tokens))
+    return tokens[length:]
+
+
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "T=0.8": Sampling(0.8, seed=3),
+    "top 9": Sampling(0.8, seed=3, top_k=9),
+}
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
+def test_the_engine_yields_the_references_tokens(fp32: Llama, sampling: Sampling) -> None:
+    ours, count = fp32.narrow, 6
+    plain = decode(fp32, Hierarchy(), sampling, count)
+    speculative = decode(fp32, Hierarchy((Level(1, 2), Level(2, 3))), sampling, count)
+    assert speculative == plain
+    fp32.narrow = TorchPasses(CONFIG, fp32.rotary, fp32.dtype, DEVICE, exact=True)
+    try:
+        assert decode(fp32, Hierarchy(), sampling, count) == plain
+    finally:
+        fp32.narrow = ours
+
+
+def test_the_host_looks_at_a_round_once(fp32: Llama) -> None:
+    seen: list[int] = []
+    read = Tree.read
+
+    def counted(tree: Tree) -> None:
+        seen.append(tree.tokens.count(UNREAD))
+        read(tree)
+
+    hierarchy, count = Hierarchy((Level(1, 3),)), 12
+    with mock.patch.object(Tree, "read", counted):
+        drafted = decode(fp32, hierarchy, Sampling(), count)
+    assert drafted == decode(fp32, Hierarchy(), Sampling(), count)
+    assert seen[0] == 3, "a whole window is drafted before any of it is read"
+    assert 0 not in seen[:-1], "every look is at a round's whole window"
+    assert len(seen) < count, "some were accepted"

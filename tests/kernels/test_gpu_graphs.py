@@ -1,0 +1,83 @@
+"""CUDA graphs: what is captured, what it serves, and what happens without."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from helpers.gpu_llama import (
+    random_rows,
+    replaying,
+    run,
+)
+from torch import Tensor
+
+from hispec.model import graphs
+from hispec.model.gpu import GpuPasses
+from hispec.model.llama import Llama
+from hispec.model.nodes import Nodes
+
+
+@torch.inference_mode()
+def test_a_graph_serves_its_whole_bucket(fp32: Llama) -> None:
+    """Other rows, places and trees than it was captured with, and nothing of them kept."""
+    passes = fp32.narrow
+    assert isinstance(passes, GpuPasses)
+    x, rows = random_rows(4), random_rows(7, seed=2)
+    nodes = Nodes(4)
+    for parent in (0, 0, 1, 2, 3, 5):
+        nodes.append(parent)
+
+    def everything() -> list[Tensor]:
+        kv = fp32.new_cache([3]).kv
+        found = [run(fp32, x, (1, 2, 1), kv)]
+        for start, stop in ((0, 2), (2, 5), (5, 7)):
+            at = 4 + start
+            found.append(fp32.run_layers(rows[start:stop], 0, 3, at, kv, nodes=nodes))
+        found += [passes.project(fp32.head, x[:n], fp32.norm) for n in (1, 4, 2)]
+        return found
+
+    with passes.kernel_by_kernel():
+        wanted = everything()
+    passes._of_heads.clear()
+    with mock.patch.object(passes._graphs, "on", True), replaying() as captured:
+        found = everything()
+    passes._of_heads.clear()
+    assert len(captured) == 3  # chains, trees, and the head
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+def test_graphs_are_for_what_comes_back_and_can_be_switched_off(monkeypatch) -> None:
+    done: list[bool] = []
+    known: dict[Any, Any] = {}
+    ours = graphs.Graphs(torch.device("cuda"))
+    assert ours.on
+    with replaying() as captured:
+        for _ in range(3):
+            ours.run(known, "a", done.append)
+        ours.run(known, "b", done.append)
+    assert done == [False, True, True, False]
+    assert len(captured) == 1
+    monkeypatch.setenv("HISPEC_GRAPHS", "0")
+    assert not graphs.Graphs(torch.device("cuda")).on
+
+
+def test_no_memory_for_graphs_means_no_graphs(capsys: pytest.CaptureFixture[str]) -> None:
+    ours = graphs.Graphs(torch.device("cuda"))
+    done: list[bool] = []
+
+    def out_of_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with (
+        mock.patch.object(torch.cuda, "graph_pool_handle", lambda: (0, 0)),
+        mock.patch.object(torch.cuda, "CUDAGraph", object),
+        mock.patch.object(torch.cuda, "graph", out_of_memory, create=True),
+    ):
+        known: dict[Any, Any] = {}
+        for _ in range(3):
+            ours.run(known, "a", done.append)
+    assert done == [False, False, False]
+    assert capsys.readouterr().err.count("no memory left for CUDA graphs") == 1

@@ -1,0 +1,88 @@
+"""What the GPU path does without a GPU, a compiler, memory, or a size it covers."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from helpers.gpu_llama import (
+    CONFIG,
+    DEVICE,
+    random_rows,
+    run,
+)
+
+from hispec.errors import HispecError, UsageError
+from hispec.model import llama
+from hispec.model.gpu import GpuPasses, gpu_passes
+from hispec.model.llama import Llama
+from hispec_kernels import gpu
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head_dim": 7}, "even head sizes"),
+        ({"head_dim": 130}, "head sizes up to 128"),
+        ({"heads": 34}, "16 query heads a KV head, not 17"),
+        ({"vocabulary": 2**21}, "vocabularies up to"),
+        ({"hidden": 2**16}, "hidden sizes up to"),
+        ({"dtype": torch.float64}, "float64"),
+        ({}, ""),
+    ],
+)
+def test_what_the_kernels_cover(changes: dict[str, Any], words: str) -> None:
+    sizes = {"hidden": 64, "heads": 4, "kv_heads": 2, "head_dim": 64, "vocabulary": 100}
+    found = gpu.uncovered(**{**sizes, "dtype": torch.float32, **changes})
+    assert words in found
+    assert bool(found) == bool(changes)
+
+
+def test_where_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    why_not = gpu.why_not.__wrapped__  # not the remembered answer
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "T4")
+    assert why_not(cuda) == "T4 has compute capability 7.5; the kernels need 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert why_not(cuda) == ""
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: None)
+    assert why_not(cuda) == "Triton is not installed (pip install triton)"
+    assert "mps" in why_not(torch.device("mps")) or "Triton" in why_not(torch.device("mps"))
+
+
+@torch.inference_mode()
+def test_a_build_that_fails_is_a_reason(fp32: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+
+    monkeypatch.setattr(GpuPasses, "probe", fail)
+    found = gpu_passes(CONFIG, fp32.rotary, torch.float32, DEVICE, fp32.blocks[0])
+    assert found == (
+        None,
+        "Triton cannot build the kernels here: Failed to find C compiler.",
+    )
+
+
+@torch.inference_mode()
+def test_out_of_memory_says_what_was_needed(fp32: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = run(fp32, random_rows(2), (2,))
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "Cache", fail)
+        words = r"a cache for 480 tokens of context needs \d+\.\d GiB.*shorter --context"
+        with pytest.raises(HispecError, match=words):
+            fp32.new_cache([3])
+    assert torch.equal(run(fp32, random_rows(2), (2,)), wanted), "the model stays usable"
+
+
+def test_a_context_the_model_does_not_have_is_refused() -> None:
+    checkpoint = mock.Mock(config=CONFIG)
+    for context in (0, 481):
+        with pytest.raises(UsageError, match=r"context must be in \[2, 480\]"):
+            Llama.load(checkpoint, torch.float32, torch.device("cpu"), context=context)
