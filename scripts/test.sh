@@ -1,7 +1,12 @@
 #!/usr/bin/env bash
-# Sets up the environment if needed and runs all tests; arguments go to pytest.
+# Sets up the environment if needed and runs all tests, as many files at a time as there are
+# processors; arguments go to pytest (-n 0 for one process, as --pdb needs).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 ensure_env test
 cd "$ROOT"
-exec "$PYTHON" -m pytest "$@"
+parallel=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then # HISPEC_VENV=none may lack it
+    parallel=(-n logical --maxprocesses 8 --dist loadfile)
+fi
+exec "$PYTHON" -m pytest "${parallel[@]}" "$@"

@@ -22,6 +22,10 @@ if not torch.cuda.is_available():  # read when a kernel is defined, so before an
 
 if "OMP_NUM_THREADS" not in os.environ and hasattr(os, "sched_getaffinity"):
     torch.set_num_threads(len(os.sched_getaffinity(0)))
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    # Processes whose threads wait for each other's processors are ten times slower than alone.
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of commands that tests start
 
 
 def _own_cache() -> None:

@@ -75,8 +75,7 @@ def gpu_passes(
     except torch.OutOfMemoryError:
         raise
     except (TritonError, RuntimeError) as error:  # no compiler, too little shared memory, …
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return None, f"Triton cannot build the kernels here: {reason}"
+        return None, gpu.no_build(error)
     return passes, ""
 
 
@@ -218,13 +217,14 @@ class GpuPasses:
         self._plan[:length].copy_(upload(plan, self._device))
 
     def probe(self, block: Block) -> None:
-        """Builds the kernels of a pass and runs them once, over one row of zeros and on a tree."""
+        """Builds the kernels of a pass and runs them once: one row of zeros, a tree, two tiles."""
         config = self._config
         kv = KVCache(1, config.num_kv_heads, config.head_dim, 512, self._dtype, self._device)
         nodes = Nodes.line(0, 2)
         nodes.append(0)
         self.run([block], self._x[:1], 0, kv, 0)
         self.run([block], self._x[:3], 0, kv, 0, nodes)
+        self.run([block], self._x[:17], 0, kv, 0)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 

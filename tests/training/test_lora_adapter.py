@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from training.exit_setup import make_cache
-from training.lora_setup import EXITS, make_trainer
+from training.lora_setup import EXITS, SHAPE, make_trainer
 
+from hispec.errors import UsageError
 from hispec.model.adapter import Adapter, merge
 from hispec.model.checkpoint import open_checkpoint
-from hispec_training.adapter import save_adapter
+from hispec_training.adapter import LoraShape, Student, add_lora, save_adapter, start_from
 from hispec_training.quality import agreement, perplexity
 from hispec_training.trunk import Trunk
 
@@ -54,6 +55,30 @@ def test_adapter_loads_through_peft_and_merges_to_the_same_model(checkpoint, ada
     torch.testing.assert_close(outs[1], outs[2], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(outs[0], outs[2], rtol=0.05, atol=0.05)  # saved in bf16
     assert (outs[2] - plain.logits).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [SHAPE, LoraShape(rank=12, deep_rank=5, alpha=4.0)])
+def test_a_run_starts_where_an_adapter_ended(checkpoint, adapted, shape):
+    trainer, folder = adapted
+    model = add_lora(checkpoint, EXITS, shape, torch.float32, seed=1)
+    start_from(model, Adapter.open(folder / "adapter"), checkpoint)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        got, want = Student(model)(ids, (1, 3, 6)), trainer.student(ids, (1, 3, 6))
+        plain = Student(add_lora(checkpoint, EXITS, shape, torch.float32, seed=1))(ids, (6,))
+    for e in want:
+        torch.testing.assert_close(got[e], want[e], rtol=0.02, atol=0.02)  # saved in bf16
+    assert (got[6] - plain[6]).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("shape", "room"), [(LoraShape(4, 2), 4), (LoraShape(8, 1), 1), (LoraShape(8, 0), 0)]
+)
+def test_an_adapter_of_higher_rank_is_refused(checkpoint, adapted, shape, room):
+    _, folder = adapted
+    model = add_lora(checkpoint, EXITS, shape, torch.float32, seed=1)
+    with pytest.raises(UsageError, match=f"has rank . at .*; this run has {room}"):
+        start_from(model, Adapter.open(folder / "adapter"), checkpoint)
 
 
 def test_merged_checkpoint_runs_under_assistant_early_exit(adapted):

@@ -3,11 +3,14 @@
 import json
 
 import pytest
+import torch
 
 from hispec.cli import main as hispec
 from hispec.loading import load
+from hispec.model.adapter import WEIGHTS
 from hispec.model.checkpoint import open_checkpoint
 from hispec.model.exits import SharedHead
+from hispec.model.tensorfile import TensorFile
 from hispec_training.checkpoints import CHECKPOINT
 
 
@@ -44,6 +47,20 @@ def test_command_trains_measures_and_merges(make_llama, tmp_path, cache_home, ca
     assert (out / "work" / CHECKPOINT).exists()
     assert hispec(command(folder, out)) == 2
     assert "--resume" in capsys.readouterr().err
+    # it goes on from there with another rank
+    more = ["--start-from", out, "--rank", "6", "--lr", "1e-9"]
+    assert hispec(command(folder, tmp_path / "on", *more)) == 0
+    ended, went_on = (TensorFile(f / WEIGHTS) for f in (out, tmp_path / "on"))
+    for name in ended.entries:
+        old, new = ended.read(name), went_on.read(name)
+        assert old.abs().max() > 0
+        torch.testing.assert_close(new[: old.shape[0], : old.shape[1]], old, rtol=0.01, atol=1e-5)
+    other = make_llama("other", seed=5)
+    (other / "data.jsonl").write_text((folder / "data.jsonl").read_text())
+    assert hispec(command(other, tmp_path / "no", "--start-from", out)) == 1
+    assert "was trained on another base" in capsys.readouterr().err
+    assert hispec(command(folder, tmp_path / "no", "--start-from", folder)) == 1
+    assert "holds no adapter" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

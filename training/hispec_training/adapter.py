@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hispec.errors import HispecError, UsageError
+from hispec.model.adapter import Adapter
 from hispec.model.checkpoint import Checkpoint
 from hispec_training import short_attention
 from hispec_training.options import check_exits
@@ -110,6 +111,32 @@ def add_lora(
         if hasattr(module, "lora_A"):
             module.cast_input_dtype_enabled = dtype == torch.float32
     return model
+
+
+@torch.no_grad()
+def start_from(model: PeftModel, adapter: Adapter, checkpoint: Checkpoint) -> None:
+    """The fresh updates of ``model`` change its base as a saved adapter does.
+
+    Args:
+        model: See `add_lora`; ranks above the adapter's leave room for more.
+        adapter: Trained on the same base, maybe with another scale.
+        checkpoint: The base.
+
+    Raises:
+        UsageError: A rank below the adapter's, or no update where the adapter has one.
+        CheckpointError: The adapter does not fit the base.
+    """
+    modules = dict(model.get_base_model().named_modules())
+    for weight, (first, second) in adapter.updates(checkpoint).items():
+        name = weight.removesuffix(".weight")
+        a, b = adapter.file.read(first).float(), adapter.file.read(second).float()
+        module: Any = modules[name]
+        room = module.r["default"] if hasattr(module, "lora_A") else 0
+        if (rank := len(a)) > room:
+            raise UsageError(f"{adapter.folder} has rank {rank} at {name}; this run has {room}.")
+        module.lora_A["default"].weight[:rank] = a
+        scale = adapter.scale(name, rank) / module.scaling["default"]
+        module.lora_B["default"].weight[:, :rank] = scale * b
 
 
 def add_block_lora(block: nn.Module, rank: int) -> None:

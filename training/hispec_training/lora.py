@@ -77,9 +77,10 @@ def main(args: argparse.Namespace) -> int:
         ) from error
     import torch
 
+    from hispec.model.adapter import Adapter
     from hispec.model.checkpoint import open_checkpoint
     from hispec_training.adapt import LoraTrainer
-    from hispec_training.adapter import LoraShape, Student, add_lora, save_adapter
+    from hispec_training.adapter import LoraShape, Student, add_lora, save_adapter, start_from
     from hispec_training.prepare import prepare
     from hispec_training.report import make_accelerator, reported
 
@@ -88,6 +89,9 @@ def main(args: argparse.Namespace) -> int:
     exits = exit_layers(args.exits, last, own=True)
     if exits[0] == 0:
         raise UsageError("before the first layer there is nothing to adapt: give exits from 1 on.")
+    before = None if args.start_from is None else Adapter.open(Path(args.start_from))
+    if before is not None and not args.force:
+        before.check_base(checkpoint)
     accelerator = make_accelerator(args)
     work = args.out / "work"
     with accelerator.main_process_first():
@@ -95,7 +99,10 @@ def main(args: argparse.Namespace) -> int:
     recipe = make_recipe(args, exits, cache)
     shape = LoraShape(args.rank, args.deep_rank, args.alpha)
     dtype = torch.bfloat16 if recipe.autocast else torch.float32
-    student = Student(add_lora(checkpoint, exits, shape, dtype, args.seed))
+    model = add_lora(checkpoint, exits, shape, dtype, args.seed)
+    if before is not None:
+        start_from(model, before, checkpoint)
+    student = Student(model)
     with reported(recipe, args.report_to, accelerator) as progress:
         trainer = LoraTrainer(
             student,

@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--mode", choices=["frozen", "lora"], default="frozen", help="heads, or the backbone too")
     add("--resume", action="store_true", help="go on with a run that was stopped")
     add("--seed", type=int, default=0)
+    add(
+        "--start-from",
+        metavar="DIR",
+        help="exits to go on training (new ones start from the nearest); in lora mode, an adapter",
+    )
     add("--force", action="store_true", help="start from exits of another base (--start-from)")
     data = parser.add_argument_group("data")
     data.add_argument(
@@ -79,11 +84,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     heads.add_argument("--context", choices=["deep", "none"], default=None, help="default: deep")
     heads.add_argument(
         "--head-vocab", type=int, default=8192, help="rows of the head, most frequent first; 0: all"
-    )
-    heads.add_argument(
-        "--start-from",
-        metavar="DIR",
-        help="exits to go on training; new ones start from the nearest",
     )
     steps = parser.add_argument_group("steps")
     steps.add_argument("--steps", type=int, default=None, help="optimizer steps")

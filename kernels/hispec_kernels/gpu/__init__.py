@@ -38,12 +38,34 @@ def why_not(device: torch.device) -> str:
         if (major, minor) < LEAST_CAPABILITY:
             name = torch.cuda.get_device_name(device)
             return f"{name} has compute capability {major}.{minor}; the kernels need 8.0"
-        return ""
+        return _trial(device)
     import triton
 
     if device.type == "cpu" and triton.knobs.runtime.interpret:
         return ""
     return f"the kernels run on CUDA devices, and this is {device.type}"
+
+
+def _trial(device: torch.device) -> str:
+    """Returns why the smallest kernel cannot be built and run here; empty if it can."""
+    from hispec_kernels.gpu.noise import noisy
+
+    try:
+        position = torch.zeros(1, dtype=torch.int64, device=device)
+        noisy(torch.zeros(1, 1, device=device), 1.0, 0, position)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no compiler, no Python.h, no libcuda.so: each of another kind
+        return no_build(error)
+    return ""
+
+
+def no_build(error: Exception) -> str:
+    """Returns the reason that a failed build is, in one line."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"Triton cannot build the kernels here: {reason}"
 
 
 def uncovered(

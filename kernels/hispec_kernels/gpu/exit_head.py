@@ -58,15 +58,19 @@ def _candidates(
     share = tl.sum(tl.exp(scaled - peak[:, None]), 1)
     tl.store(peak_ptr + place, peak, mask=real)
     tl.store(share_ptr + place, share, mask=real)
+    # No column: beyond the vocabulary, taken already, or what stands where all scores are NaN.
+    columns = tl.where(inside, n[None, :], 0x7FFFFFFF)
+    columns = tl.broadcast_to(columns, scores.shape)
     for rank in tl.static_range(K):
         best = tl.max(scores, 1)
-        column = tl.min(tl.where(scores == best[:, None], n[None, :], 0x7FFFFFFF), 1)
-        taken = n[None, :] == column[:, None]
+        column = tl.min(tl.where(scores == best[:, None], columns, 0x7FFFFFFF), 1)
+        taken = columns == column[:, None]
         logit = tl.sum(tl.where(taken, scaled, 0.0), 1)
         tl.store(score_ptr + place * K + rank, best, mask=real)
         tl.store(logit_ptr + place * K + rank, logit, mask=real)
         tl.store(column_ptr + place * K + rank, column, mask=real)
         scores = tl.where(taken, float("-inf"), scores)
+        columns = tl.where(taken, 0x7FFFFFFF, columns)
 
 
 @triton.jit
@@ -156,12 +160,15 @@ def _rank(
             column = tl.min(tl.where(scores == best, columns, 0x7FFFFFFF), 0)
             taken = columns == column
             logit = tl.sum(tl.where(taken, logits, 0.0), 0)
+            known = column != 0x7FFFFFFF  # else all is NaN: any id will do that can be looked up
+            column = tl.where(known, column, 0)
             token = column.to(tl.int64)
             if IDS:
                 token = tl.load(id_ptr + column)
             tl.store(best_ptr + row * K + rank, token)
-            tl.store(odds_ptr + row * K + rank, tl.exp(logit - peak) / total)
+            tl.store(odds_ptr + row * K + rank, tl.where(known, tl.exp(logit - peak) / total, 0.0))
             scores = tl.where(taken, float("-inf"), scores)
+            columns = tl.where(taken, 0x7FFFFFFF, columns)
 
 
 class Candidates:

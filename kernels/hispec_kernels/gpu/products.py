@@ -181,8 +181,22 @@ def blocks_for(weight: Tensor, rows: int) -> Blocks:
     if weight.device.type == "cpu":  # the interpreter pays by the operation, not by the element
         return Blocks(BLOCK_N=128, BLOCK_K=min(128, _power(size)), num_warps=4, num_stages=1)
     narrow = 32 if rows >= 32 * 128 else 16  # about one program for each of 132 processors
-    wide = 256 if weight.dtype.itemsize == 2 else 64
-    return Blocks(BLOCK_N=narrow, BLOCK_K=min(wide, _power(size)), num_warps=4, num_stages=4)
+    wide = min(256 if weight.dtype.itemsize == 2 else 64, _power(size))
+    room = _shared_memory(weight.device)
+    # A stage holds the columns' part of 32 rows of x, of the weights, and of the gate's beside.
+    stage = (2 * TILE + 2 * narrow) * weight.dtype.itemsize
+    stages = 4
+    while stages * stage * wide > room and wide > 32:
+        wide //= 2
+    while stages * stage * wide > room and stages > 1:
+        stages -= 1
+    return Blocks(BLOCK_N=narrow, BLOCK_K=wide, num_warps=4, num_stages=stages)
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Returns how many bytes of shared memory one program may have: 227 KiB of an H100's."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _power(size: int) -> int:

@@ -39,7 +39,9 @@ def _best(
         column = tl.min(tl.where(values == best, columns, 0x7FFFFFFF), 0)
         out = (row * pieces + piece) * K + rank
         tl.store(best_ptr + out, best)
-        tl.store(place_ptr + out, column.to(place_ptr.dtype.element_ty))
+        # Where all is NaN no column is the best, and any will do that can be looked up.
+        place = tl.where((column == 0x7FFFFFFF) & (pieces == 1), 0, column)
+        tl.store(place_ptr + out, place.to(place_ptr.dtype.element_ty))
         taken = columns == column
         values = tl.where(taken, float("-inf"), values)
         columns = tl.where(taken, 0x7FFFFFFF, columns)
