@@ -24,9 +24,13 @@ _LAZY = {
     "CheckpointError": "hispec.errors",
 }
 
-__all__ = ["__version__", *_LAZY]
+# modules that need no import of their own: ``hispec.hf.generate``
+_MODULES = ("hf",)
+
+__all__ = ["__version__", *_LAZY, *_MODULES]
 
 if TYPE_CHECKING:
+    from hispec import hf as hf
     from hispec.errors import CheckpointError as CheckpointError
     from hispec.errors import HispecError as HispecError
     from hispec.errors import UsageError as UsageError
@@ -39,6 +43,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"hispec.{name}")
     if name not in _LAZY:
         raise AttributeError(f"module 'hispec' has no attribute {name!r}")
     value = getattr(importlib.import_module(_LAZY[name]), name)
@@ -47,4 +53,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_MODULES})

@@ -9,8 +9,10 @@ first line holds the settings that the rows were made with.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +38,18 @@ class Row:
 def read_rows(path: Path) -> list[Row]:
     """Returns every line of a file of prompts (see :mod:`hispec.bench.prompts`), bad ones too.
 
+    Args:
+        path: the file; gzipped if it ends with ``.gz``.
+
     Raises:
         UsageError: the file cannot be read or has no lines.
     """
     try:
-        raw = path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"cannot read {path}: {error.strerror}.") from None
+        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+            raw = file.read()
+    except (OSError, EOFError, zlib.error) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UsageError(f"cannot read {path}: {why}.") from None
     lines = raw.split(b"\n")
     if lines[-1] == b"":
         lines.pop()
@@ -102,6 +109,8 @@ class Answers:
                 )
             self._header, self._stats = found[0], found[1 : len(self._written) + 1]
         self._before = len(self._written)
+        for file in (self.path, self.stats_path):
+            _check_writable(file)
 
     def run(self, lm: LM, n: int, settings: dict[str, Any]) -> None:
         """Answers the rows that have no answer yet.
@@ -266,6 +275,18 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     if raw and not found and not torn:
         raise UsageError(f"{path} exists and holds no answers. Name another --out, or delete it.")
     return found
+
+
+def _check_writable(path: Path) -> None:
+    """Raises ``UsageError`` if a file cannot be written; what is there stays as it is."""
+    real = path.resolve()  # so that no link is deleted
+    was_there = real.exists()
+    try:
+        open(real, "ab").close()
+        if not was_there:
+            real.unlink()
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}. Name another --out.") from None
 
 
 def _cut(path: Path, rows: int) -> None:

@@ -183,7 +183,9 @@ class Hierarchy:
         ranks = bool(self.nodes)
         added = tuple(Level(0, MODEL_WINDOW, ranks, model) for model in models)
         names = "+".join([self.name, *map(_last_part, models)])
-        return replace(self, levels=(*added, *self.levels), name=names)
+        levels = (*added, *self.levels)
+        room = MAX_WIDTH - 1 - sum(level.window for level in levels)
+        return replace(self, levels=levels, name=names, nodes=max(0, min(self.nodes, room)))
 
     def to_json(self) -> dict[str, Any]:
         """Returns what :meth:`from_json` reads."""
@@ -295,9 +297,13 @@ def _check_type(key: str, value: Any, kind: type) -> None:
 
 
 def eighth_and_quarter(num_layers: int) -> tuple[int, int]:
-    """Returns HiSpec's exits, L/8 and L/4, rounded half up and kept apart: 4 and 8 of 30."""
+    """Returns HiSpec's exits, L/8 and L/4, rounded half up and kept apart: 4 and 8 of 30.
+
+    Two layers have exits 0 and 1. One layer has exit 0 alone, which is then both.
+    """
     draft = max(1, (num_layers + 4) // 8)
-    return draft, max(draft + 1, (num_layers + 2) // 4)
+    check = min(max(draft + 1, (num_layers + 2) // 4), num_layers - 1)
+    return min(draft, max(check - 1, 0)), check
 
 
 def _paper_layerskip(num_layers: int) -> Hierarchy:
@@ -307,7 +313,8 @@ def _paper_layerskip(num_layers: int) -> Hierarchy:
 
 def _paper_hispec(num_layers: int) -> Hierarchy:
     draft, check = eighth_and_quarter(num_layers)
-    return Hierarchy((Level(draft, 2), Level(check, 4)), "hispec-paper")
+    checks = (Level(check, 4),) if check > draft else ()
+    return Hierarchy((Level(draft, 2), *checks), "hispec-paper")
 
 
 AR = Hierarchy((), "ar")

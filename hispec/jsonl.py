@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,6 @@ def read_objects(
                 yield number, row
     except UnicodeDecodeError:
         raise error(f"{path} is not UTF-8 text after line {number}.") from None
-    except (OSError, EOFError) as reason:
+    except (OSError, EOFError, zlib.error) as reason:
         why = getattr(reason, "strerror", None) or reason
         raise error(f"cannot read {path}: {why}.") from None

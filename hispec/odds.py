@@ -23,6 +23,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from hispec.planner.online import Gains
+
 #: What a prior counts for, in observations.
 PRIOR_WEIGHT = 16.0
 #: What a prior counts for beside many texts.
@@ -149,7 +151,7 @@ class Odds:
         numbers: and back.
         chances: by source's number, the present chance of each grade.
         logits: the same as log odds.
-        gains: what exits brought; see :class:`hispec.planner.online.Worth`.
+        gains: what exits brought.
     """
 
     def __init__(self, mixture: Mixture = LEARNT) -> None:
@@ -157,7 +159,7 @@ class Odds:
         self.numbers: dict[str, int] = {}
         self.chances: list[list[float]] = []
         self.logits: list[list[float]] = []
-        self.gains: dict[str, list[float]] = {}
+        self.gains = Gains()
         self._stood: list[list[float]] = []
         self._seen: list[list[float]] = []
         self._usual: list[list[float]] = []  # chances over all texts before this one

@@ -18,10 +18,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hispec.errors import HispecError
+from hispec.model.device import upload
 from hispec.model.passes import Asked
 from hispec.processors import Draft, Processor
 from hispec_kernels import log_sum_exp, noisy, top_k
@@ -92,7 +94,7 @@ class Picker:
         self, logits: Tensor, positions: Sequence[int], ids: Tensor | None
     ) -> Sequence[int]:
         """Returns the picks of all rows where noise is all there is, for one look from the host."""
-        at = torch.tensor(positions, device=logits.device)[:, None]
+        at = upload(np.array(positions, np.int64), logits.device)[:, None]
         assert self.seed is not None, "without noise and rules it is greedy"
         return _argmax(noisy(logits.float(), self.temperature, self.seed, at, ids), ids)
 
@@ -108,7 +110,7 @@ class Picker:
         if self.traces is not None and ids is None:
             self.traces[position] = Trace(logits.float().clone(), scores / temperature)
         if self.seed is not None:
-            at = torch.tensor([position], device=scores.device)
+            at = upload(np.array([position]), scores.device)
             scores = noisy(scores, temperature, self.seed, at, columns)
         value, best = top_k(scores[None], 1)
         if self.rules and not value > -torch.inf:
@@ -155,13 +157,13 @@ class Picker:
         if self.seed is None:
             best, columns = top_k(scores, min(k, size))  # (T, k)
         elif not self._draft.filters:
-            at = torch.tensor(positions, device=scores.device)[:, None]  # (T, 1)
+            at = upload(np.array(positions, np.int64), scores.device)[:, None]  # (T, 1)
             sums = noisy(scores, temperature, self.seed, at, ids)  # (T, V)
             columns = top_k(sums, min(k, size))[1]
             best = scores.gather(-1, columns)
         else:
             best, columns = top_k(scores, min(Draft.width(size), size))  # (T, width)
-            at = torch.tensor(positions, device=scores.device)[:, None]  # (T, 1)
+            at = upload(np.array(positions, np.int64), scores.device)[:, None]  # (T, 1)
             kept = self._draft.filtered(best / temperature - whole)
             tokens = columns if ids is None else ids[columns]
             chosen = top_k(noisy(kept, 1.0, self.seed, at, tokens), min(k, kept.shape[-1]))[1]

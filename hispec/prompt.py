@@ -21,15 +21,15 @@ def encode(prompt: Prompt, tokenizer: Any, vocab_size: int, *, raw: bool = False
         raw: no chat template; special tokens are added as the tokenizer does for plain text.
 
     Raises:
-        UsageError: the prompt is empty, or has ids the model does not.
-        CheckpointError: the chat template refuses the conversation.
+        UsageError: the prompt is empty, is no text, or has ids the model does not.
+        CheckpointError: the chat template refuses the conversation, or fails on it.
     """
     if isinstance(prompt, str):
         if not prompt:
             raise UsageError("the prompt is empty. Give at least one character.")
         if not raw and tokenizer.chat_template:
             return _encode_chat([{"role": "user", "content": prompt}], tokenizer)
-        ids = list(tokenizer(prompt)["input_ids"])
+        ids = _tokens(prompt, tokenizer)
     elif prompt and isinstance(prompt[0], Mapping):
         ids = _encode_chat(cast("Sequence[Mapping[str, str]]", prompt), tokenizer)
     else:
@@ -43,16 +43,27 @@ def encode(prompt: Prompt, tokenizer: Any, vocab_size: int, *, raw: bool = False
 
 
 def _encode_chat(messages: Sequence[Mapping[str, str]], tokenizer: Any) -> list[int]:
-    from jinja2 import TemplateError
-
     try:
         text = tokenizer.apply_chat_template(
             [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is a program: no content is a TypeError in most
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CheckpointError(
-            f"the model's chat template refuses this conversation: {error}. Change it, or give the "
-            f"whole text with raw."
+            f"the model's chat template refuses this conversation: {reason}. Change it, or give "
+            f"the whole text with raw."
         ) from error
     # The template writes the special tokens itself.
-    return list(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    return _tokens(str(text), tokenizer, add_special_tokens=False)
+
+
+def _tokens(text: str, tokenizer: Any, **options: Any) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = text[error.start]
+        raise UsageError(
+            f"the prompt has {half!r}, half of a surrogate pair, which is no character. Write both "
+            f"halves, or leave it out."
+        ) from None
+    return list(tokenizer(text, **options)["input_ids"])

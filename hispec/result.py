@@ -22,8 +22,10 @@ class Result:
         seed: of the noise; None where there was none.
         num_prompt_tokens: of these, the last is where generation starts.
         num_cached_tokens: of the prompt's, those known from before.
-        prefill_s: from the call to the first token.
-        decode_s: from the first token to the last.
+        prefill_s: from the first step of the iteration, not from the call, to the first token. A
+            model's first text opens databases meanwhile, and times passes that no one has timed.
+        decode_s: from when a second token is asked for to the end of the last round, with what the
+            consumer does between pieces meanwhile.
         passes: full passes after prefill.
         layer_visits: (token, layer) pairs run after prefill.
         committed: tokens the full passes committed; more than were emitted where a stop cut a

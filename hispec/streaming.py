@@ -18,7 +18,7 @@ from hispec.drafter import Drafter
 from hispec.engine import Decoder
 from hispec.errors import HispecError
 from hispec.hierarchy import Hierarchy
-from hispec.model.device import dtype_name
+from hispec.model.device import dtype_name, enough_memory
 from hispec.model.nodes import Nodes
 from hispec.picker import Picker, Trace
 from hispec.result import Result
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 #: transformers' ``StoppingCriteria``: called with all ids (1, S) and the scores of every step, or
 #: None; true ends the text.
 Criterion = Callable[..., Any]
+#: What helps where a GPU's memory runs out in the middle of a text.
+ADVICE = "give a shorter --context or fewer exits"
 
 
 class Streamer(Protocol):
@@ -208,7 +210,7 @@ class Stream:
             lm._stream._settle()
         lm._stream = self
         started = time.perf_counter()
-        with torch.inference_mode():
+        with torch.inference_mode(), enough_memory("reading the prompt", None, ADVICE):
             cache = lm._prepare(
                 self._ids, result.hierarchy, continued=self._continued, again=self.again
             )
@@ -238,7 +240,7 @@ class Stream:
                     "another generation was started with this model, which ended this stream. "
                     "Walk one stream to its end before the next, or load the model twice."
                 )
-            with torch.inference_mode():
+            with torch.inference_mode(), enough_memory("decoding", None, ADVICE):
                 committed = decoder.round(self._ends.limit - result.num_tokens)
             result.decode_s = time.perf_counter() - started
             target = decoder.levels[-1].counts

@@ -61,7 +61,7 @@ def main() -> int:
         some = [pair for pair in pairs if category in ("all", pair[0])]
         one = [[row["decode_s"] for row in rows[name][x]] for _, x, name in some]
         other = [[row["decode_s"] for row in rows[args.against][x]] for _, x, _ in some]
-        found = ratio(one, other)
+        found = ratio(one, other, [rows[name][x][0]["prompt"] for _, x, name in some])
         counted = sum(_counted(rows[name][x][0], costs) for _, x, name in some)
         counted /= sum(_counted(rows[args.against][x][0], costs) for _, x, _ in some)
         records.append(

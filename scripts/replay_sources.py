@@ -1,7 +1,7 @@
 """Walks the databases over answers that are known: how many tokens would a full pass have yielded?
 
     python scripts/replay_sources.py answers.jsonl [--history FILE] [--corpus FILE]
-        [--successors FILE] [--sources context,history,corpus,recycle] [--budgets 1,4,8,16]
+        [--sources context,history,corpus,recycle] [--budgets 1,4,8,16]
         [--costs 1:1,8:1.08,32:2.4] [--grades]
 
 Needs no model: drafting decides how many tokens a pass yields, never which, so the block efficiency
@@ -33,7 +33,7 @@ from hispec.sources import Source
 from hispec.sources.context import Context
 from hispec.sources.corpus import Corpus
 from hispec.sources.history import History
-from hispec.sources.recycle import Recycle, seed_from
+from hispec.sources.recycle import Recycle
 from hispec.sources.store import Store
 from hispec.tree import Tree
 
@@ -49,8 +49,7 @@ def open_sources(args: argparse.Namespace, vocab_size: int) -> list[Source]:
     if "corpus" in wanted and args.corpus:
         found.append(Corpus(Store(args.corpus), vocab_size))
     if "recycle" in wanted:
-        seed = seed_from(Store(args.successors), vocab_size) if args.successors else None
-        found.append(Recycle(vocab_size, seed))
+        found.append(Recycle(vocab_size))
     return found
 
 
@@ -116,7 +115,6 @@ def main() -> None:
     parser.add_argument("answers", type=Path)
     parser.add_argument("--history", type=Path, help="a store of the model's earlier answers")
     parser.add_argument("--corpus", type=Path, help="a store of other text")
-    parser.add_argument("--successors", type=Path, help="a store of kind successors")
     parser.add_argument("--sources", default=",".join(SOURCES))
     parser.add_argument("--budgets", default="1,4,8,16")
     parser.add_argument("--limit", type=int)

@@ -36,13 +36,15 @@ def exits(lm: LM) -> Hierarchy:
     """Returns the exits a token may leave at; their windows mean nothing here.
 
     Raises:
-        UsageError: the model is too shallow to be left early.
+        UsageError: the model is too shallow to be left early, or has exit 0 alone: there no layer
+            has run, so nothing is left early.
     """
     layers = lm.model.config.num_layers
     found = lm.exits.exit_layers if lm.exits else [layers // 4, layers // 2, 3 * layers // 4]
     chosen = sorted({exit_layer for exit_layer in found if 1 <= exit_layer < layers})
     if not chosen:
-        raise UsageError(f"adadecode needs an exit, and this model has {layers} layers only.")
+        has = "exit 0 alone" if lm.exits else f"{layers} layers only"
+        raise UsageError(f"adadecode needs an exit of at least 1, and this model has {has}.")
     return Hierarchy(tuple(Level(exit_layer, 1) for exit_layer in chosen), "adadecode")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hispec.bench.markdown import quantization
 from hispec.bench.methods import Clock, Outcome, Question, device_clock
 from hispec.bench.recorder import layer_bytes
 from hispec.errors import HispecError
@@ -196,7 +197,7 @@ def counted_forwards(model: Any) -> Iterator[list[tuple[int, int]]]:
 
 
 class LlamaCpp:
-    """llama.cpp on the GGUF file: 4-bit weights and other numerics, so only its speed compares.
+    """llama-cpp-python on the GGUF file: its quantized weights, so only its speed compares.
 
     Args:
         gguf: the file.
@@ -211,7 +212,10 @@ class LlamaCpp:
         self, gguf: Path, eos: frozenset[int], context: int, *, lookup: bool = False
     ) -> None:
         self.name = "llama-cpp-lookup" if lookup else "llama-cpp"
-        self.note = "the GGUF's own quantization: speed only, ids not compared"
+        self.note = (
+            f"llama-cpp-python on {quantization(gguf.name)}, not on the weights of the other rows: "
+            f"speed only, ids not compared"
+        )
         self.settings = {"gguf": str(gguf), "lookup": lookup}
         self._gguf, self._eos, self._context, self._lookup = gguf, eos, context, lookup
         self._model: Any = None

@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from hispec.bench import charts, page
-from hispec.bench.markdown import NOTHING, interval, table
+from hispec.bench.markdown import NOTHING, interval, label, number, table
 
 Document = dict[str, Any]
 
@@ -40,14 +40,15 @@ def html(documents: Mapping[str, Document]) -> str:
                 low, high = entry["speedup_low"], entry["speedup_high"]
                 kind = page.kind_of(method)
                 bars.append(charts.Bar(run, entry["speedup"], low, high, kind))
-        panels += f'<div class="panel"><h3>{escape(method)}</h3>{charts.bars(bars, end)}</div>'
+        title = escape(_label(documents, method))
+        panels += f'<div class="panel"><h3>{title}</h3>{charts.bars(bars, end)}</div>'
     sections = [
         "<h1>Runs side by side</h1>",
         page.section("What differs", "", page.table(*_conditions(documents))),
         page.section(
             "Speed-up",
             "Each over the fastest plain decoding of its own run. Whiskers: 95 % bootstrap "
-            "interval; dashed line: 1.",
+            "interval over prompts; dashed line: 1.",
             f'<div class="panels">{panels}</div>',
         ),
         page.section("In numbers", "", page.table(*_speeds(documents))),
@@ -59,17 +60,24 @@ def _methods(documents: Mapping[str, Document]) -> list[str]:
     return list(dict.fromkeys(name for found in documents.values() for name in found["methods"]))
 
 
+def _label(documents: Mapping[str, Document], method: str) -> str:
+    return next(label(d, method) for d in documents.values() if method in d["methods"])
+
+
 def _speeds(documents: Mapping[str, Document]) -> tuple[list[str], list[list[str]]]:
-    """Heads and one row a method: speed-up and tokens a second in every run."""
+    """Heads and one row a method: speed-ups and tokens a second in every run."""
     rows = []
     for method in _methods(documents):
-        row = [method]
+        row = [_label(documents, method)]
         for document in documents.values():
             entry = document["methods"].get(method)
             if not entry or entry["speedup"] is None:
                 row.append(NOTHING)
                 continue
-            row.append(f"{interval(entry, 'speedup')}, {entry['tok_per_s']:.1f} tok/s")
+            row.append(
+                f"{interval(entry, 'speedup')}, {number(entry['total_speedup'], 2)} with prefill, "
+                f"{entry['tok_per_s']:.1f} tok/s"
+            )
         rows.append(row)
     return ["method", *documents], rows
 

@@ -21,6 +21,7 @@ from typing import Any
 from hispec.errors import HispecError, UsageError
 
 FORMAT = "hispec-bench-1"
+LOCK = ".lock"
 Row = dict[str, Any]
 
 
@@ -41,31 +42,39 @@ class RunFolder:
         self._blocks = {(row["item"], row["repeat"]) for row in self.rows}
 
     @staticmethod
-    def create(path: Path, settings: Mapping[str, Any], provenance: Mapping[str, Any]) -> RunFolder:
-        """Returns the folder, new or with what an earlier process with the same settings left.
+    @contextmanager
+    def create(
+        path: Path, settings: Mapping[str, Any], provenance: Mapping[str, Any]
+    ) -> Iterator[RunFolder]:
+        """Inside, no other process writes to the folder.
+
+        It is new or has what an earlier process with the same settings left.
 
         Raises:
-            UsageError: the folder holds another run, or something else.
+            UsageError: the folder holds another run, or something else, or is being worked on.
+            HispecError: it cannot be written to.
         """
         document = {"format": FORMAT, "settings": dict(settings), "provenance": dict(provenance)}
         document = json.loads(json.dumps(document))  # as it will be read back: lists, not tuples
-        if (path / "run.json").exists():
-            found = _document(path)
-            differing = _difference(found["settings"], document["settings"])
-            if differing:
-                raise UsageError(
-                    f"{path} holds another run: its {differing}. Give another --out, or repeat "
-                    f"that run's settings to continue it."
-                )
-            return RunFolder(path, found, writing=True)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if _is_taken(path):
             raise UsageError(f"{path} is not empty and holds no run. Give another --out.")
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_whole(path / "run.json", json.dumps(document, indent=1))
-        except OSError as error:
-            raise HispecError(f"cannot write to {path}: {error.strerror or error}.") from None
-        return RunFolder(path, document, writing=True)
+        # Nothing is read before the lock is ours: reading repairs what looks cut short.
+        with _locked(path):
+            if (path / "run.json").exists():
+                found = _document(path)
+                differing = _difference(found["settings"], document["settings"])
+                if differing:
+                    raise UsageError(
+                        f"{path} holds another run: its {differing}. Give another --out, or repeat "
+                        f"that run's settings to continue it."
+                    )
+                document = found
+            else:
+                try:
+                    write_whole(path / "run.json", json.dumps(document, indent=1))
+                except OSError as error:
+                    raise _unwritable(path, error) from None
+            yield RunFolder(path, document, writing=True)
 
     @staticmethod
     def open(path: Path) -> RunFolder:
@@ -77,27 +86,6 @@ class RunFolder:
         if not (path / "run.json").is_file():
             raise UsageError(f"{path} holds no run: it has no run.json.")
         return RunFolder(path, _document(path))
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Inside, no other process adds rows.
-
-        Raises:
-            UsageError: one does already.
-        """
-        from filelock import FileLock, Timeout
-
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise UsageError(
-                f"another process is working on {self.path}. Wait for it, or give another --out."
-            ) from None
-        try:
-            yield
-        finally:
-            lock.release()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -130,6 +118,38 @@ class RunFolder:
     def has_block(self, item: str, repeat: int) -> bool:
         """Returns whether a block is done."""
         return (item, repeat) in self._blocks
+
+
+def _is_taken(path: Path) -> bool:
+    """Whether something that is no run is there."""
+    if not path.exists() or (path / "run.json").exists():
+        return False
+    return not path.is_dir() or any(entry.name != LOCK for entry in path.iterdir())
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Inside, the folder exists and is ours alone."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(path / LOCK)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(
+            f"another process is working on {path}. Wait for it, or give another --out."
+        ) from None
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _unwritable(path: Path, error: OSError) -> HispecError:
+    return HispecError(f"cannot write to {path}: {error.strerror or error}.")
 
 
 def write_whole(path: Path, text: str) -> None:

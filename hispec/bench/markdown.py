@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def conditions(document: Document) -> str:
         f"prompts), up to {asked['max_new_tokens']} new tokens, greedy, batch 1, "
         f"{asked['repeats']} repeats. Baseline: `{document['baseline']}`, the fastest plain "
         f"decoding of our own; speed-up is the ratio of total decode times, "
-        f"with a 95 % bootstrap interval.",
+        f"with a 95 % bootstrap interval over prompts.",
     ]
     if drift:
         low, high = drift["ratio_low"], drift["ratio_high"]
@@ -78,14 +79,14 @@ def method_rows(document: Document) -> tuple[list[str], list[list[str]]]:
             differs = NOTHING
         rows.append(
             [
-                name,
+                label(document, name),
                 interval(entry, "speedup"),
-                _number(entry["total_speedup"], 2),
-                _number(entry["tok_per_s"], 1),
-                _number(_times(entry["prefill_s"], 1000), 0),
-                _number(entry["block_efficiency"], 2),
+                number(entry["total_speedup"], 2),
+                number(entry["tok_per_s"], 1),
+                number(_times(entry["prefill_s"], 1000), 0),
+                number(entry["block_efficiency"], 2),
                 _percent(entry["acceptance_rate"]),
-                _number(entry["layer_visits_per_token"], 1),
+                number(entry["layer_visits_per_token"], 1),
                 _percent(entry["bandwidth_used"]),
                 differs,
             ]
@@ -103,6 +104,18 @@ def method_rows(document: Document) -> tuple[list[str], list[list[str]]]:
         "answers that differ",
     ]
     return head, rows
+
+
+def label(document: Document, name: str) -> str:
+    """Returns a method's name, with its weights where they are not those of the other rows."""
+    gguf = document["settings"]["methods"][name].get("gguf")
+    return f"{name} ({quantization(gguf)})" if gguf else name
+
+
+def quantization(gguf: str) -> str:
+    """Returns what weights a GGUF file has, ``4-bit weights, Q4_1``, by its name."""
+    found = re.search(r"(?<![A-Z])I?Q(\d)_\w+", gguf.replace("\\", "/").split("/")[-1].upper())
+    return f"{found[1]}-bit weights, {found[0]}" if found else "the GGUF file's weights"
 
 
 def footnotes(document: Document) -> str:
@@ -129,7 +142,7 @@ def categories_table(document: Document) -> str:
     if len(categories) < 2:
         return ""
     rows = [
-        [name]
+        [label(document, name)]
         + [interval(entry["by_category"].get(category, {}), "speedup") for category in categories]
         for name, entry in document["methods"].items()
     ]
@@ -246,10 +259,14 @@ def interval(entry: Document, key: str) -> str:
     value, low, high = entry.get(key), entry.get(f"{key}_low"), entry.get(f"{key}_high")
     if value is None:
         return NOTHING
-    return f"{value:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+    if low is None or high is None:
+        return f"{value:.2f}"
+    # Two prompts can leave a ratio as good as open.
+    return f"{value:.2f} [{low:.2f}, {f'{high:.2f}' if high < 100 else '> 100'}]"
 
 
-def _number(value: float | None, digits: int) -> str:
+def number(value: float | None, digits: int) -> str:
+    """Returns a rounded number."""
     return NOTHING if value is None else f"{value:.{digits}f}"
 
 

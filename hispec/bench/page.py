@@ -30,8 +30,9 @@ def render(document: Document, rows: Sequence[Row]) -> str:
         section(
             "Speed-up",
             "Ratio of total decode times to the fastest plain decoding of our own, same prompts, "
-            "per decoded token. Whiskers: 95 % bootstrap interval; dashed line: 1.",
-            charts.bars(_bars(entries), charts.axis_end(entries.values())),
+            "per decoded token; with prefill in the table below. Whiskers: 95 % bootstrap interval "
+            "over prompts; dashed line: 1.",
+            charts.bars(_bars(document, entries), charts.axis_end(entries.values())),
         ),
         _methods(document),
         _categories(document),
@@ -87,13 +88,13 @@ def kind_of(name: str) -> str:
     return "theirs" if name.startswith(("hf", "llama-cpp")) else "ours"
 
 
-def _bars(entries: Document) -> list[charts.Bar]:
-    return [
-        charts.Bar(
-            name, entry["speedup"], entry["speedup_low"], entry["speedup_high"], kind_of(name)
-        )
-        for name, entry in entries.items()
-    ]
+def _bars(document: Document, entries: Document) -> list[charts.Bar]:
+    bars = []
+    for name, entry in entries.items():
+        bounds = entry["speedup_low"], entry["speedup_high"]
+        label = markdown.label(document, name)
+        bars.append(charts.Bar(label, entry["speedup"], *bounds, kind_of(name)))
+    return bars
 
 
 def _headline(document: Document) -> str:
@@ -112,7 +113,8 @@ def _headline(document: Document) -> str:
         same = document["answers"] - entry["mismatched_prompts"]
         best = (
             f'<p class="best"><strong>{entry["speedup"]:.2f}x</strong> {escape(name)} over plain '
-            f"decoding, {entry['tok_per_s']:.0f} tokens a second, {same} of "
+            f"decoding ({markdown.number(entry['total_speedup'], 2)}x with prefill), "
+            f"{entry['tok_per_s']:.0f} tokens a second, {same} of "
             f"{document['answers']} answers identical token for token</p>"
         )
     said = "".join(f"<p>{line.replace('**', '')}</p>" for line in lines)
@@ -144,7 +146,7 @@ def _categories(document: Document) -> str:
         panels += (
             f'<div class="panel"><h3>{escape(category)} '
             f"<small>{answers} answer{'s' * (answers != 1)}</small></h3>"
-            f"{charts.bars(_bars(found), end)}</div>"
+            f"{charts.bars(_bars(document, found), end)}</div>"
         )
     return section(
         "Speed-up by category", "All panels share one scale.", f'<div class="panels">{panels}</div>'

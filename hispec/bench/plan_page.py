@@ -58,7 +58,8 @@ def render(plan: Plan) -> str:
 def _headline(plan: Plan, best: dict[str, Any]) -> str:
     record = plan.record
     made, measured = record["made_for"], best["measured"]
-    speed = f"{measured['speedup']:.2f}x</strong> measured" if measured else "1.00x</strong>"
+    known = measured and measured["speedup"]
+    speed = f"{known:.2f}x</strong> measured" if known else "1.00x</strong>"
     said = (
         f"{made['model']}, {made['dtype']}, {made['threads']} threads, {made['machine']}. "
         f"{record['rounds']} rounds of {record['prompts']}, {record['date']}."

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hispec.bench.prompts import Prompt
+from hispec.bench.prompts import Prompt, refuse_halves
 from hispec.errors import HispecError, UsageError
 from hispec.jsonl import read_objects
 
@@ -95,7 +95,7 @@ def load(name: str, place: str | None = None) -> list[Prompt]:
         place: a local folder or JSONL file; the hub by default.
 
     Raises:
-        UsageError: the place does not exist or its rows lack a field.
+        UsageError: the place does not exist, or a row lacks a field or is malformed.
         HispecError: the data set cannot be loaded.
     """
     preset = PRESETS[name]
@@ -104,6 +104,7 @@ def load(name: str, place: str | None = None) -> list[Prompt]:
         try:
             if not preset.keep(row):
                 continue
+            refuse_halves(row)
             category = preset.category
             prompts.append(
                 Prompt(
@@ -113,6 +114,8 @@ def load(name: str, place: str | None = None) -> list[Prompt]:
                     references=(str(row[preset.reference]),),
                 )
             )
+        except UsageError as error:
+            raise UsageError(f"row {number} of {place or preset.hub_id}: {error}") from None
         except KeyError as missing:
             raise UsageError(
                 f"row {number} of {place or preset.hub_id} has no field {missing}; is it {name}?"

@@ -170,6 +170,7 @@ def parse(row: Mapping[str, Any], number: int) -> Prompt:
     Raises:
         UsageError: there is nothing to answer, or a field is of the wrong kind.
     """
+    refuse_halves(row)
     kinds = [key for key in ("prompt", "messages", "turns", "prompt_ids") if key in row]
     if len(kinds) != 1:
         raise UsageError(
@@ -198,10 +199,26 @@ def parse(row: Mapping[str, Any], number: int) -> Prompt:
         for message in value:
             if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
                 raise UsageError(f"a message has role and content, got {_shown(message)}.")
+            if not all(isinstance(message[key], str) for key in ("role", "content")):
+                raise UsageError(f"role and content should be texts, got {_shown(message)}.")
         return Prompt(**fields, messages=tuple(value))
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in value):
         raise UsageError(f"prompt_ids should be whole numbers, got {_shown(value)}.")
     return Prompt(**fields, ids=tuple(value))
+
+
+def refuse_halves(row: Mapping[str, Any]) -> None:
+    r"""Raises ``UsageError`` if a text of a row has half of a pair such as ``\ud83d\ude00``.
+
+    JSON can write one alone; it is no character, and neither a tokenizer nor a file takes it.
+    """
+    try:
+        json.dumps(row, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(error.object[error.start]):04x}"
+        raise UsageError(
+            f"a text has {half}, half of a surrogate pair and no character. Write both halves."
+        ) from None
 
 
 def _references(value: Any) -> tuple[str, ...]:

@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hispec.bench import compare, markdown, page, rouge
 from hispec.bench.folder import RunFolder, write_whole
 from hispec.bench.summary import summarize
+from hispec.errors import HispecError
 
 
-def write_report(folder: RunFolder) -> dict[str, Any]:
-    """After the call the run's folder has its ``report.md``, ``report.html`` and ``report.json``.
+def write_report(folder: RunFolder, out: Path | None = None) -> dict[str, Any]:
+    """After the call there are ``report.md``, ``report.html`` and ``report.json`` of a run.
+
+    Args:
+        folder: the run.
+        out: where they go; the run's own folder by default.
 
     Returns:
         The document of ``hispec bench --json``.
+
+    Raises:
+        HispecError: they cannot be written.
     """
     document = summarize(folder)
     document["rouge"] = rouge.scores(folder.rows)
-    write_whole(folder.path / "report.md", markdown.render(document))
-    write_whole(folder.path / "report.html", page.render(document, folder.rows))
-    write_whole(folder.path / "report.json", json.dumps(document))
+    texts = {
+        "report.md": markdown.render(document),
+        "report.html": page.render(document, folder.rows),
+        "report.json": json.dumps(document),
+    }
+    _write(out or folder.path, texts)
     return document
 
 
@@ -38,7 +49,18 @@ def write_comparison(folders: Sequence[RunFolder], out: Path) -> dict[str, Any]:
         while name in documents:  # folders of one name in different places
             name += "'"
         documents[name] = write_report(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "comparison.md", compare.markdown(documents))
-    write_whole(out / "comparison.html", compare.html(documents))
+    texts = {
+        "comparison.md": compare.markdown(documents),
+        "comparison.html": compare.html(documents),
+    }
+    _write(out, texts)
     return documents
+
+
+def _write(out: Path, texts: Mapping[str, str]) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, text in texts.items():
+            write_whole(out / name, text)
+    except OSError as error:
+        raise HispecError(f"cannot write to {out}: {error.strerror or error}.") from None

@@ -14,7 +14,7 @@ from hispec.bench.baselines import HF, HFModel, LlamaCpp
 from hispec.bench.methods import Clock, Engine, Method, Workbench, numerics
 from hispec.errors import UsageError
 from hispec.generation import LM
-from hispec.hierarchy import AR, MAX_WIDTH, PRESETS, Hierarchy
+from hispec.hierarchy import AR, MAX_WIDTH, PRESETS, Hierarchy, eighth_and_quarter
 from hispec.model.torch_passes import TorchPasses
 
 HF_NAMES = ("hf", "hf-early-exit", "hf-prompt-lookup")
@@ -146,18 +146,46 @@ def _hf(lm: LM, hf: HFModel, name: str) -> HF:
         return HF(hf, name)
     if name == "hf-prompt-lookup":
         return HF(hf, name, {"prompt_lookup_num_tokens": 10})
-    # The same exit and draft length that our own LayerSkip row uses.
+    # The draft length of our own LayerSkip row, and its exit where transformers can use it.
     level = lm.hierarchy("layerskip").levels[0]
+    exit_layer = early_exit(lm, level.exit_layer)
+    note = f"exit {exit_layer}, {level.window} tokens a draft"
+    if exit_layer != level.exit_layer:
+        note += f" (transformers cannot draft at layerskip's exit {level.exit_layer})"
     return HF(
         hf,
         name,
-        {"assistant_early_exit": level.exit_layer},
+        {"assistant_early_exit": exit_layer},
         {
             "num_assistant_tokens": level.window,
             "num_assistant_tokens_schedule": "constant",
         },
-        f"exit {level.exit_layer}, {level.window} tokens a draft",
+        note,
     )
+
+
+def early_exit(lm: LM, preferred: int) -> int:
+    """Returns the exit that transformers is to draft from: the first of at least 1.
+
+    At exit 0 it would read its head at the embeddings of the tokens, as no layer has run.
+
+    Args:
+        lm: the model; its trained exits come next, then the depths of the papers.
+        preferred: taken if it can be.
+
+    Raises:
+        UsageError: the model is too shallow to be left early.
+    """
+    layers = lm.model.config.num_layers
+    trained = lm.exits.exit_layers if lm.exits else ()
+    draft, check = eighth_and_quarter(layers)
+    usable = (e for e in (preferred, *trained, check, draft) if 1 <= e < layers)
+    found = next(usable, None)
+    if found is None:
+        raise UsageError(
+            f"hf-early-exit needs an exit of at least 1, and this model has {layers} layers only."
+        )
+    return found
 
 
 def shared_head_agreement(lm: LM, exit_layer: int, ids: Sequence[int]) -> float:

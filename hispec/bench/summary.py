@@ -66,7 +66,7 @@ class Summary:
 
     def drift(self) -> Ratio | None:
         """Plain decoding first in its block over the same last: 1 on a steady machine."""
-        first, last = [], []
+        first, last, prompts = [], [], []
         for rows in self.by_method.get("ar", {}).values():
             ends = [row["of"] - 1 for row in rows]
             early = [row["decode_s"] for row in rows if row["place"] == 0]
@@ -74,7 +74,8 @@ class Summary:
             if early and late and rows[0]["num_tokens"] > 1:
                 first.append(early)
                 last.append(late)
-        return ratio(first, last) if first else None
+                prompts.append(rows[0]["prompt"])
+        return ratio(first, last, prompts) if first else None
 
     def method(self, name: str, peak_gb_per_s: float | None) -> dict[str, Any]:
         """Returns the row of one method."""
@@ -128,8 +129,8 @@ class Summary:
     def _compare(
         self, name: str, items: Sequence[str], seconds: Callable[[Row, float], float]
     ) -> Ratio | None:
-        """The baseline's total over the method's, over the prompts that both have decoded."""
-        above, below = [], []
+        """The baseline's total over the method's, over the answers that both have decoded."""
+        above, below, prompts = [], [], []
         for item in items:
             base, ours = self.by_method[self.baseline].get(item), self.by_method[name][item]
             if not base:
@@ -139,25 +140,13 @@ class Summary:
             if upper and lower:
                 above.append(upper)
                 below.append(lower)
+                prompts.append(ours[0]["prompt"])
         if not above:
             return None
         if name == self.baseline:
-            # A comparison with itself: what noise alone does, from its first and last runs.
-            return self._against_itself(items, seconds)
-        return ratio(above, below)
-
-    def _against_itself(
-        self, items: Sequence[str], seconds: Callable[[Row, float], float]
-    ) -> Ratio:
-        halves: tuple[list[list[float]], list[list[float]]] = ([], [])
-        for item in items:
-            rows = self.by_method[self.baseline][item]
-            times = self._scaled(item, rows, seconds)
-            if len(times) > 1:
-                halves[0].append(times[0::2])
-                halves[1].append(times[1::2])
-        noise = ratio(*halves) if halves[0] else self.drift()
-        return Ratio(1.0, noise.low, noise.high) if noise else Ratio(1.0, 1.0, 1.0)
+            # 1 by definition, so there is nothing to be uncertain of: noise is the drift's matter.
+            return Ratio(1.0, None, None)
+        return ratio(above, below, prompts)
 
     def _scaled(
         self, item: str, rows: Sequence[Row], seconds: Callable[[Row, float], float]

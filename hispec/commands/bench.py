@@ -112,9 +112,8 @@ def execute(plan: Any, out: Path, bench: Any, methods: Any) -> RunFolder:
     from hispec.bench.roster import explain_early_exit
     from hispec.bench.run import Run
 
-    folder = RunFolder.create(out, plan.settings(bench.lm, methods), collect(bench.lm))
-    print(f"The run's folder: {folder.path}", file=sys.stderr)
-    with folder.held():
+    with RunFolder.create(out, plan.settings(bench.lm, methods), collect(bench.lm)) as folder:
+        print(f"The run's folder: {folder.path}", file=sys.stderr)
         run = Run(plan, folder, bench, methods)
         if not folder.document.get("notes"):
             some = run.encode(plan.prompts.prompts[0], 0, [])[:_TEXT_ENOUGH]

@@ -14,7 +14,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a folder of hispec bench")
     parser.add_argument(
-        "--out", metavar="DIR", help="where a comparison goes (default: the current folder)"
+        "--out",
+        metavar="DIR",
+        help="where the report goes (default: the run's folder, for a comparison the current one)",
     )
     parser.add_argument("--json", action="store_true", help="end with one JSON document")
 
@@ -29,8 +31,8 @@ def main(args: argparse.Namespace) -> int:
     if empty:
         raise HispecError(f"{empty} has no rows yet. Let its run finish a prompt.")
     if len(folders) == 1:
-        place, name = folders[0].path, "report"
-        document = write_report(folders[0])
+        place, name = Path(args.out or folders[0].path), "report"
+        document = write_report(folders[0], place)
     else:
         place, name = Path(args.out or "."), "comparison"
         document = write_comparison(folders, place)

@@ -30,13 +30,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, default=3, metavar="R", help="of the finalists")
     parser.add_argument("--out", metavar="DIR", help="the sweep's folder; unfinished ones go on")
     parser.add_argument("--json", action="store_true", help="end with one JSON document")
+    parser.epilog = (
+        "The grid has single exits, strict and ranking, and pairs of strict ones. Two exits that "
+        "rank, as the hispec preset has for trained exits, and exits over databases are not in it: "
+        "compare them with hispec bench --methods, or let hispec plan choose."
+    )
 
 
 def main(args: argparse.Namespace) -> int:
     """Runs both stages, writes ``hierarchies.json`` and ``sweep.html``, prints the choice."""
     windows = whole_numbers("--windows", args.windows)
     checks = whole_numbers("--check-windows", args.check_windows)
-    wanted = whole_numbers("--exit-layers", args.exit_layers) if args.exit_layers else None
+    wanted = whole_numbers("--exit-layers", args.exit_layers, 0) if args.exit_layers else None
     if args.finalists < 1:
         raise UsageError(f"--finalists must be at least 1, got {args.finalists}.")
     from hispec.bench.prompts import load_prompts
@@ -80,16 +85,16 @@ def main(args: argparse.Namespace) -> int:
     return 1 if any(entry["error"] for entry in failed) else 0
 
 
-def whole_numbers(option: str, text: str) -> list[int]:
+def whole_numbers(option: str, text: str, least: int = 1) -> list[int]:
     """Returns the numbers of a list such as ``1,2,4``, ascending.
 
     Raises:
-        UsageError: something else is in it, or a number below 1.
+        UsageError: something else is in it, or a number below ``least``.
     """
     try:
         numbers = sorted({int(part) for part in text.split(",") if part.strip()})
     except ValueError:
         raise UsageError(f"{option} should be numbers such as 1,2,4, got {text!r}.") from None
-    if not numbers or numbers[0] < 1:
-        raise UsageError(f"{option} should be numbers of at least 1, got {text!r}.")
+    if not numbers or numbers[0] < least:
+        raise UsageError(f"{option} should be numbers of at least {least}, got {text!r}.")
     return numbers

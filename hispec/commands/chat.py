@@ -19,6 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Reads turns from stdin until it ends; returns the exit code."""
     settings = options.generation_settings(args)
+    with options.utf8("--system"):
+        (args.system or "").encode()
     from hispec.advice import outgrown  # torch: after the cheap checks
 
     lm = options.load_model(args)
@@ -61,9 +63,16 @@ def main(args: argparse.Namespace) -> int:
 
 
 def _read(interactive: bool) -> str | None:
-    """Returns the next turn, or None when there is none."""
+    """Returns the next turn, or None when there is none.
+
+    Raises:
+        UsageError: it is not UTF-8.
+    """
     try:
-        return input("> " if interactive else "")
+        with options.utf8("stdin"):
+            turn = input("> " if interactive else "")
+            turn.encode()  # bytes that are no text may come as lone surrogates
+        return turn
     except (EOFError, KeyboardInterrupt):
         if interactive:
             print()

@@ -7,8 +7,12 @@ import importlib.metadata
 import os
 import platform
 import sys
+from typing import TYPE_CHECKING
 
 from hispec import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 _PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "gguf", "triton", "peft",
              "accelerate", "datasets")  # fmt: skip
@@ -37,7 +41,6 @@ def main(args: argparse.Namespace) -> int:
     from hispec.model.device import dtype_name
     from hispec.model.native import native_library
     from hispec.model.store import cache_dir
-    from hispec_kernels import gpu
 
     config = open_checkpoint(args.model).config if args.model else None
     choice = choose_for(config, args.device, args.dtype)
@@ -49,18 +52,27 @@ def main(args: argparse.Namespace) -> int:
             _row("passes", f"torch's: {why}" if why else "compiled for this processor")
     else:
         _row("gpu", torch.cuda.get_device_name())
-        why_no_kernels = gpu.why_not(choice.device)
-        _row("kernels", f"none: {why_no_kernels}" if why_no_kernels else "Triton's, in CUDA graphs")
+        _row("kernels", kernels(choice.device))
     folder = cache_dir()
     writable = os.access(next(p for p in (folder, *folder.parents) if os.path.exists(p)), os.W_OK)
     _row("cache", f"{folder}{'' if writable else ' (not writable: set HISPEC_HOME)'}")
     return _model_report(args) if args.model else 0
 
 
+def kernels(device: torch.device) -> str:
+    """Returns which kernels run on a GPU, and how they are started."""
+    from hispec.model.graphs import Graphs
+    from hispec_kernels import gpu
+
+    if why := gpu.why_not(device):
+        return f"none: {why}"
+    return f"Triton's, {'in CUDA graphs' if Graphs(device).on else 'one by one'}"
+
+
 def _model_report(args: argparse.Namespace) -> int:
     from hispec.advice import break_even, costs
     from hispec.commands.options import load_model
-    from hispec.hierarchy import eighth_and_quarter
+    from hispec.hierarchy import Hierarchy, Level, eighth_and_quarter
     from hispec.trial import agreement
 
     lm = load_model(args)
@@ -88,12 +100,12 @@ def _model_report(args: argparse.Namespace) -> int:
     )
     least = model.narrow.min_width
     _row("numerics", f"exact: passes of {least} row{'s' * (least > 1)} and more round alike")
-    layers = lm.exits.exit_layers if lm.exits else eighth_and_quarter(config.num_layers)
+    known = lm.exits.exit_layers if lm.exits else eighth_and_quarter(config.num_layers)
+    layers = sorted(set(known))
     _row("exits", f"{lm.exits.path}" if lm.exits else "none trained for these weights")
     rates, tokens = agreement(lm, layers)
     for layer in layers:
-        hierarchy = lm.hierarchy("layerskip")
-        single = type(hierarchy)((type(hierarchy.levels[0])(layer, 2),))
+        single = Hierarchy((Level(layer, 2),))
         needed = break_even(costs(lm, single), single)
         state = "trained" if needed is not None and rates[layer] > needed else "untrained or weak"
         limit = f"{needed:.0%}" if needed is not None else "over 100%"

@@ -6,7 +6,9 @@ With ``--cut`` it is the model's first layers alone: a small Llama that drafts (
 from __future__ import annotations
 
 import argparse
+import errno
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -120,9 +122,10 @@ def main(args: argparse.Namespace) -> int:
         exits.check_base(checkpoint)
     else:
         exits = shipped_exits(checkpoint)
-    with _whole(out) as part:
+    place = Path(os.path.abspath(out))  # "." has no name
+    with _whole(place) as part:
         if args.cut is None:
-            _write_hub(part, out.name, args, checkpoint, exits, hierarchy)
+            _write_hub(part, place.name, args, checkpoint, exits, hierarchy)
         else:
             from hispec.model.cut import write_cut
 
@@ -154,17 +157,35 @@ def _trained_own(model: str, exits: Exits | None) -> tuple[int, ...]:
 
 @contextmanager
 def _whole(out: Path) -> Iterator[Path]:
-    """Yields an empty folder that becomes ``out`` when all is written, and vanishes otherwise."""
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    """Yields an empty folder whose files become those of ``out`` when all are written.
+
+    Otherwise it vanishes. An ``out`` that is there and empty stays the same folder: it may be the
+    one the user stands in, or a disk of its own.
+
+    Args:
+        out: An absolute path, of nothing or of an empty folder.
+
+    Raises:
+        UsageError: A file cannot be read, or ``out`` cannot be written.
+    """
+    part = (out if out.is_dir() else out.parent) / f".{out.name}.{os.getpid()}.part"
     try:
         part.mkdir(parents=True)
-        yield part
-        if out.is_dir():
-            out.rmdir()  # empty
-        part.rename(out)
     except OSError as error:
         raise UsageError(f"cannot write {out}: {error.strerror}.") from None
+    try:
+        yield part
+        if out.is_dir():
+            for file in sorted(part.iterdir()):
+                file.rename(out / file.name)
+        else:
+            part.rename(out)
+    except OSError as error:
+        # A full disk may come with the name of the file that was being copied.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        file = Path(str(error.filename or part))
+        what = f"write {out}" if full or file.is_relative_to(part) else f"read {file}"
+        raise UsageError(f"cannot {what}: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -183,7 +204,10 @@ def _write_hub(
             for file in sorted(checkpoint.path.glob(pattern)):
                 shutil.copyfile(file, part / file.name)
     if exits is not None:
-        shutil.copytree(exits.path, part / "exits")
+        (part / "exits").mkdir()
+        for file in sorted(exits.path.iterdir()):  # not the folders training left beside them
+            if file.is_file() and not file.name.startswith("."):
+                shutil.copyfile(file, part / "exits" / file.name)
     code = part / "custom_generate"
     code.mkdir()
     (code / "generate.py").write_text(_GENERATE.format(hierarchy=repr(hierarchy)))

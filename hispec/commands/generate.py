@@ -18,7 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     asked = parser.add_mutually_exclusive_group(required=True)
     asked.add_argument("--prompt", metavar="TEXT", help="- reads stdin")
     asked.add_argument(
-        "--prompts", metavar="FILE", help='JSON lines with "prompt", "messages" or "turns"'
+        "--prompts",
+        metavar="FILE",
+        help='JSON lines (.gz too) with "prompt", "messages" or "turns"',
     )
     parser.add_argument(
         "--out", metavar="FILE", help="answers to --prompts; goes on where it was left"
@@ -27,7 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_generation(parser)
     parser.add_argument("--n", type=int, default=1, metavar="N", help="samples of each prompt")
     parser.add_argument(
-        "--logprobs", action="store_true", help="each token's log-probability, with --json"
+        "--logprobs",
+        action="store_true",
+        help="each token's log-probability, in what --json prints or --out holds",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document, no text")
 
@@ -46,6 +50,8 @@ def main(args: argparse.Namespace) -> int:
         return _answer_file(args, settings)
     if args.out is not None:
         raise UsageError("--out belongs to --prompts. Redirect stdout to keep one answer.")
+    if args.logprobs and not args.json:
+        raise UsageError("--logprobs are shown in JSON alone. Add --json, or drop --logprobs.")
     prompt = options.read_text(args.prompt)
     if not prompt.strip():
         raise UsageError("the prompt is empty. Give at least one character.")

@@ -12,18 +12,16 @@ from typing import Any
 from hispec.errors import UsageError
 
 _BATCH = 128  # texts encoded at a time
-_LONGEST = {"corpus": 5, "history": 5, "successors": 1}
-_LEAST = {"corpus": 2, "history": 1, "successors": 1}
+_LEAST = {"corpus": 2, "history": 1}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument(
         "--kind",
-        choices=("corpus", "history", "successors"),
+        choices=tuple(_LEAST),
         default="corpus",
-        help="corpus: counts of any text; history: of a model's answers; successors: of single "
-        "tokens in answers, where recycled logits start from (default: corpus)",
+        help="corpus: counts of any text; history: of a model's answers (default: corpus)",
     )
     parser.add_argument(
         "--data",
@@ -54,7 +52,7 @@ def main(args: argparse.Namespace) -> int:
     from hispec.sources.ngrams import LONGEST, WIDTH
     from hispec.sources.store import Store
 
-    longest = _LONGEST[args.kind] if args.longest is None else args.longest
+    longest = LONGEST if args.longest is None else args.longest
     least = _LEAST[args.kind] if args.least is None else args.least
     if not 1 <= longest <= LONGEST:
         raise UsageError(f"--longest must be in [1, {LONGEST}], got {longest}.")
@@ -64,6 +62,8 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--limit must be at least 1, got {args.limit}.")
     if args.out is None and args.kind != "history":
         raise UsageError(f"--out is missing: where should the {args.kind} go?")
+    if args.out is not None and Path(args.out).expanduser().is_dir():
+        raise UsageError(f"--out {args.out} is a folder. Give a file in it.")
     texts = Texts(args.data, answers=args.kind != "corpus", split=args.split)
     checkpoint = open_checkpoint(args.model)
     own = default_path(checkpoint.fingerprint)
@@ -81,10 +81,10 @@ def main(args: argparse.Namespace) -> int:
         add_records(own, tokenizer, Store(out, tokenizer).counts.records())
         out.unlink()
         facts["file"] = str(own)
-    print(
-        f"{facts['file']}: {facts['num_tokens']:,} tokens of {facts['num_texts']:,} texts",
-        file=sys.stderr,
-    )
+    said = f"{facts['file']}: {facts['num_tokens']:,} tokens of {facts['num_texts']:,} texts"
+    if texts.num_errors:
+        said += f"; {texts.num_errors:,} rows hold an error and were left out"
+    print(said, file=sys.stderr)
     if args.json:
         print(json.dumps(facts))
     return 0

@@ -13,12 +13,17 @@ from hispec.errors import UsageError
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
     parser.add_argument("files", nargs="+", metavar="FILE", help="stores, or histories")
-    parser.add_argument("--out", required=True, metavar="FILE", help="the database to write")
+    parser.add_argument(
+        "--out", required=True, metavar="FILE", help="the database to write, or to replace"
+    )
     parser.add_argument("--json", action="store_true", help="end with one JSON document")
 
 
 def main(args: argparse.Namespace) -> int:
-    """Adds the counts of all files; stores make a store, histories a history."""
+    """Adds the counts of all files; stores make a store, histories a history.
+
+    What ``--out`` held before is gone, so a second run ends with the same file.
+    """
     from hispec.commands.ngrams_info import describe, is_history
     from hispec.sources import history_file
     from hispec.sources.build import merge_stores
@@ -28,12 +33,17 @@ def main(args: argparse.Namespace) -> int:
     out = Path(args.out).expanduser()
     if any(path.absolute() == out.absolute() for path in paths):
         raise UsageError(f"--out {out} is one of the files to merge. Give another name.")
+    if out.is_dir():
+        raise UsageError(f"--out {out} is a folder. Give a file in it.")
     histories = [is_history(path) for path in paths]
     if all(histories):
+        tokenizer, records = None, []
         for path in paths:
-            with history_file.reading(path) as file:
-                tokenizer, records = history_file.tokenizer_of(file), history_file.records_of(file)
-            history_file.add_records(out, tokenizer, records)
+            with history_file.reading(path, tokenizer) as file:
+                tokenizer = history_file.tokenizer_of(file)
+                records.append(history_file.records_of(file))
+        assert tokenizer is not None, "at least one file is required"
+        history_file.replace_records(out, tokenizer, records)
     elif any(histories):
         raise UsageError("stores and histories do not mix. Merge those of one kind.")
     else:

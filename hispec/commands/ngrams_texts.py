@@ -4,16 +4,20 @@
     any other file        plain text, gzipped or not
     no such file          a datasets id, streamed
 
-A row's text is its ``text`` or ``content``, or all its turns. Its answer is ``response_ids`` (what
-``hispec distill`` writes), ``token_ids`` (``hispec generate --json``), ``output_ids``,
-``response``, ``completion``, ``answer``, ``output``, or the assistant's turns.
+A row's text is its ``text`` or ``content``, or all its messages. Its answer is ``response_ids``
+(what ``hispec distill`` writes), ``token_ids`` (``hispec generate --json``), ``output_ids``,
+``response``, ``completion``, ``answer``, ``output``, or the assistant's messages. Where ``hispec
+generate --prompts`` wrote several answers (``turns``, ``samples``), each is a text of its own; rows
+that hold an ``error`` instead are counted and left out.
 """
 
 from __future__ import annotations
 
 import gzip
 import io
+import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,7 @@ PIECE_CHARS = 8_000  # of plain text, cut at the end of a line
 _IDS = ("response_ids", "token_ids", "output_ids")
 _ANSWERS = ("response", "completion", "answer", "output")
 _TEXTS = ("text", "content")
+_SEVERAL = ("turns", "samples")
 
 
 class Texts:
@@ -36,6 +41,7 @@ class Texts:
 
     Attributes:
         part: how much of everything was read, 0 … 1; None where nobody knows.
+        num_errors: rows so far that hold an error and no text.
 
     Raises:
         UsageError: a file that does not exist.
@@ -46,6 +52,7 @@ class Texts:
         self._answers = answers
         self._split = split
         self.part: float | None = 0.0
+        self.num_errors = 0
         self._paths = [Path(source).expanduser() for source in sources]
         for source, path in zip(sources, self._paths, strict=True):
             if not path.exists() and (path.suffix or path.is_absolute() or source.count("/") > 1):
@@ -65,6 +72,7 @@ class Texts:
         return [*found, ["answers" if self._answers else "texts"]]
 
     def __iter__(self) -> Iterator[str | list[int]]:
+        self.num_errors = 0
         sizes = [path.stat().st_size if path.exists() else 0 for path in self._paths]
         if not all(sizes):
             self.part = None
@@ -82,12 +90,24 @@ class Texts:
     def _rows(self, path: Path) -> Iterator[tuple[str | list[int], float]]:
         lines = _count_lines(path)
         for number, row in read_objects(path):
-            text = _answer(row) if self._answers else _text(row)
-            if text is None:
-                wanted = [*_IDS, *_ANSWERS, "messages"] if self._answers else [*_TEXTS, "messages"]
+            texts = self._of(row)
+            if texts is None and "error" not in row:
+                names = (*_IDS, *_ANSWERS) if self._answers else _TEXTS
+                wanted = [*names, "messages", *_SEVERAL]
                 raise UsageError(f"{path} line {number} has none of {', '.join(wanted)}.")
-            if text:
+            self.num_errors += texts is None
+            for text in texts or ():
                 yield text, number / lines
+
+    def _of(self, row: Mapping[str, Any]) -> list[str | list[int]] | None:
+        """Returns a row's texts that are not empty; None where it has nothing to read."""
+        read = _answer if self._answers else _text
+        found = [read(row)]
+        for name in _SEVERAL if found == [None] else ():
+            several = row.get(name)
+            if isinstance(several, list) and all(isinstance(part, dict) for part in several):
+                found = [read(part) for part in several]
+        return None if None in found else [text for text in found if text]
 
     def _hub(self, source: str) -> Iterator[str | list[int]]:
         try:
@@ -105,9 +125,7 @@ class Texts:
                 f"there is no file {source}, and no data set of that id could be loaded: {reason}"
             ) from None
         for row in table:
-            text = _answer(row) if self._answers else _text(row)
-            if text:
-                yield text
+            yield from self._of(row) or ()
 
 
 def _is_jsonl(path: Path) -> bool:
@@ -115,8 +133,19 @@ def _is_jsonl(path: Path) -> bool:
 
 
 def _count_lines(path: Path) -> int:
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+    with _reading(path), gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
         return sum(1 for _ in file)
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Inside, a file that cannot be read, or not to its end, raises ``UsageError``."""
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        raise UsageError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}."
+        ) from None
 
 
 def _pieces(path: Path) -> Iterator[tuple[str, float]]:
@@ -124,7 +153,7 @@ def _pieces(path: Path) -> Iterator[tuple[str, float]]:
     held: list[str] = []
     size = 0
     try:
-        with open(path, "rb") as raw:
+        with _reading(path), open(path, "rb") as raw:
             packed = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
             for line in io.TextIOWrapper(packed, encoding="utf-8"):
                 held.append(line)
@@ -136,10 +165,6 @@ def _pieces(path: Path) -> Iterator[tuple[str, float]]:
             yield "".join(held), 1.0
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text. Convert it first.") from None
-    except (OSError, EOFError) as error:
-        raise UsageError(
-            f"cannot read {path}: {getattr(error, 'strerror', None) or error}."
-        ) from None
 
 
 def _answer(row: Mapping[str, Any]) -> str | list[int] | None:
@@ -151,7 +176,7 @@ def _answer(row: Mapping[str, Any]) -> str | list[int] | None:
             return row[name]
     if isinstance(row.get("messages"), list):
         turns = [turn for turn in row["messages"] if turn.get("role") == "assistant"]
-        return "\n".join(str(turn.get("content", "")) for turn in turns)
+        return "\n".join(str(turn.get("content") or "") for turn in turns)
     return None
 
 
@@ -160,5 +185,5 @@ def _text(row: Mapping[str, Any]) -> str | None:
         if isinstance(row.get(name), str):
             return row[name]
     if isinstance(row.get("messages"), list):
-        return "\n".join(str(turn.get("content", "")) for turn in row["messages"])
+        return "\n".join(str(turn.get("content") or "") for turn in row["messages"])
     return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hispec.arguments import check_lengths, sampling_of
 from hispec.errors import UsageError
 from hispec.hierarchy import Hierarchy, check_preset
+from hispec.model.bundled import MODELS
 
 if TYPE_CHECKING:
     from hispec.generation import LM
@@ -32,13 +35,20 @@ SAMPLING: dict[str, tuple[type, str]] = {
 }
 
 
+def aliases() -> list[str]:
+    """Returns the names that open a model by themselves: bundled ones, and adapters that ship."""
+    # As hispec.model.adapter.SHIPPED, which would load torch for the sake of a help text.
+    adapters = (Path(__file__).parent.parent / "exits").glob("*/adapter_config.json")
+    return [*MODELS, *sorted(file.parent.name for file in adapters)]
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which model to load, and how."""
     parser.add_argument(
         "--model",
         required=True,
         metavar="M",
-        help="a hub id, a folder, a .gguf file, or smollm2-135m",
+        help=f"a hub id, a folder, a .gguf file, {' or '.join(aliases())}",
     )
     parser.add_argument("--exits", metavar="DIR", help="trained exits (default: those shipped)")
     parser.add_argument(
@@ -62,7 +72,15 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_level(parser: argparse.ArgumentParser, text: str) -> None:
     """Adds the option that names separate models."""
-    parser.add_argument("--level", action="append", default=[], metavar="M", help=text)
+    parser.add_argument(
+        "--level", action="append", default=[], type=model_path, metavar="M", help=text
+    )
+
+
+def model_path(given: str) -> str:
+    """Returns a model's name, or its absolute path: a plan that names it is used elsewhere, too."""
+    path = Path(given).expanduser()
+    return str(path.resolve()) if path.exists() else given
 
 
 def add_generation(parser: argparse.ArgumentParser) -> None:
@@ -110,13 +128,19 @@ def read_text(given: str) -> str:
     Raises:
         UsageError: it is not UTF-8.
     """
-    try:
+    with utf8("stdin" if given == "-" else "the prompt"):
         text = sys.stdin.read() if given == "-" else given
         text.encode()  # bytes that are no text come from the shell as lone surrogates
-    except UnicodeError:
-        source = "stdin" if given == "-" else "the prompt"
-        raise UsageError(f"{source} is not valid UTF-8. Convert it first.") from None
     return text
+
+
+@contextmanager
+def utf8(source: str) -> Iterator[None]:
+    """Inside, text that is not UTF-8 raises ``UsageError``, which names its source."""
+    try:
+        yield
+    except UnicodeError:
+        raise UsageError(f"{source} is not valid UTF-8. Convert it first.") from None
 
 
 def load_model(args: argparse.Namespace) -> LM:
@@ -141,8 +165,11 @@ def generation_settings(args: argparse.Namespace) -> dict[str, Any]:
     """Returns the keyword arguments of ``LM.stream``; what can be checked without a model is.
 
     Raises:
-        UsageError: a number out of range, or a hierarchy that is none.
+        UsageError: a number out of range, a text that is none, or a hierarchy that is none.
     """
+    for option, texts in (("--stop", args.stop), ("--bad-word", args.bad_word)):
+        with utf8(option):
+            "".join(texts).encode()
     check_lengths(args.min_new_tokens, args.max_new_tokens, args.stop)
     if any(not word for word in args.bad_word):
         raise UsageError("--bad-word needs a text with something in it.")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hispec.commands import bench, options
-from hispec.errors import UsageError
+from hispec.errors import HispecError, UsageError
 
 if TYPE_CHECKING:
     from hispec.bench.prompts import Prompt, PromptSet
@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", action="store_true", help="end with one JSON document")
     parser.epilog = (
-        "Half of the prompts calibrate, the other half measure. The plan is kept for this model "
-        "and is what --hierarchy auto runs from then on."
+        "Half of the prompts calibrate, the other half measure. The plan is kept for this model, "
+        "its exits and this dtype, and is what --hierarchy auto runs from then on."
     )
 
 
@@ -64,6 +64,11 @@ def main(args: argparse.Namespace) -> int:
     found = candidates(lm, calibration, exits, args.level)
     chosen = finalists(found)
     document = _measured(settings, lm, chosen, args, exact=exact)
+    if not any(entry["speedup"] for name, entry in document["methods"].items() if name != "ar"):
+        raise HispecError(
+            "nothing could be measured beside plain decoding, so no plan was made. The errors "
+            "above say why."
+        )
     best = settled(document["methods"], found)
     record = described(lm, calibration, found, document, best)
     _save(lm, best, record, out)
@@ -134,7 +139,7 @@ def settled(methods: dict[str, Any], found: list[Candidate]) -> Candidate:
 
     Measured differences of a few per cent are mostly chance, which a forecast does not have. So
     what counts is the forecast, among all whose interval reaches the fastest measured one; and
-    plain decoding where that gains nothing.
+    plain decoding where either says that nothing is gained.
 
     Args:
         methods: measured, by name.
@@ -148,7 +153,8 @@ def settled(methods: dict[str, Any], found: list[Candidate]) -> Candidate:
         if name == "ar" or name not in known or top <= 1.0:
             continue
         entry = known[name]
-        if entry["speedup"] > 1.0 and (entry["speedup_high"] or entry["speedup"]) >= top:
+        gains = min(entry["speedup"], candidate.speedup) > 1.0
+        if gains and (entry["speedup_high"] or entry["speedup"]) >= top:
             return candidate
     return next(x for x in found if x.hierarchy.name == "ar")
 
@@ -161,7 +167,7 @@ def described(
 
     methods = document["methods"]
     return {
-        "made_for": made_for(lm),
+        "made_for": made_for(lm, best.hierarchy),
         "date": document["provenance"]["date"],
         "prompts": document["settings"]["prompts"],
         "rounds": calibration.roots,

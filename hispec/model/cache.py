@@ -18,8 +18,11 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from hispec.model.device import enough_memory, upload
 
 
 class KVCache:
@@ -83,10 +86,13 @@ class Cache:
     def reset(self, boundaries: Sequence[int]) -> None:
         """Forgets all positions and keeps states at ``boundaries`` from here on."""
         hidden_size, dtype, device = self._state_spec
-        self.boundaries = list(boundaries)
+        what = f"keeping an exit's states over {self.capacity} tokens of context"
+        size = self.capacity * hidden_size * dtype.itemsize
         for boundary in boundaries:
             if boundary not in self.states:
-                self.states[boundary] = lazy_zeros((self.capacity, hidden_size), dtype, device)
+                with enough_memory(what, size, "give a shorter --context"):
+                    self.states[boundary] = lazy_zeros((self.capacity, hidden_size), dtype, device)
+        self.boundaries = list(boundaries)
         self.computed = dict.fromkeys(boundaries, 0)
 
     def truncate(self, length: int) -> None:
@@ -111,7 +117,8 @@ class Cache:
             first = next((new for new, node in enumerate(stay) if new != node), len(stay))
             if first < len(stay):
                 states = self.states[boundary]
-                states[root + first : root + len(stay)] = states[[root + x for x in stay[first:]]]
+                sources = upload(np.array([root + x for x in stay[first:]]), states.device)
+                states[root + first : root + len(stay)] = states[sources]
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -87,22 +87,23 @@ def ids_on(device: torch.device, tokens: Sequence[int | Tensor]) -> Tensor:
 
 
 @contextmanager
-def enough_memory(what: str, size: int, advice: str) -> Iterator[None]:
+def enough_memory(what: str, size: int | None, advice: str) -> Iterator[None]:
     """Inside, running out of a GPU's memory raises ``HispecError`` that says what was needed.
 
     Args:
         what: is being allocated.
-        size: bytes it takes.
+        size: bytes it takes; None where nobody knows.
         advice: what to do about it, a sentence's end.
     """
     try:
         yield
     except torch.OutOfMemoryError:
+        needed = "more memory than there is" if size is None else f"{size / 2**30:.1f} GiB"
         room = ""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             room = f" and {torch.cuda.mem_get_info()[0] / 2**30:.1f} GiB are free"
-        raise HispecError(f"{what} needs {size / 2**30:.1f} GiB{room}: {advice}.") from None
+        raise HispecError(f"{what} needs {needed}{room}: {advice}.") from None
 
 
 def cpu_has_bf16() -> bool:

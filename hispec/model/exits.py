@@ -33,9 +33,11 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,6 +48,7 @@ from hispec.model.block import Block, read_block
 from hispec.model.cache import Cache, KVCache
 from hispec.model.checkpoint import Checkpoint
 from hispec.model.compiled_head import CompiledHead
+from hispec.model.device import enough_memory, upload
 from hispec.model.linear import Linear
 from hispec.model.llama import PREFILL_CHUNK, Llama
 from hispec.model.nodes import MAX_WIDTH, Nodes
@@ -227,7 +230,9 @@ class TrainedHead:
         _, rows = self.feature_of
         last, root = len(rows) - 1, nodes.root
         places = [min(max(at - root, 0), last) for at in nodes.positions(start, start + len(x))]
-        return x + (rows[places] if len(places) > 1 else rows[places[0]])
+        if len(places) == 1:
+            return x + rows[places[0]]
+        return x + rows[upload(np.array(places), rows.device)]
 
     def _through_block(
         self, cache: Cache, states: Tensor, first: int, end: int, nodes: Nodes
@@ -253,9 +258,11 @@ class TrainedHead:
         """Returns the block's own keys and values."""
         if self.kv is None:
             model, config = self.model, self.model.config
-            self.kv = KVCache(
-                1, config.num_kv_heads, config.head_dim, model.capacity, model.dtype, model.device
-            )
+            heads, size = config.num_kv_heads, config.head_dim
+            needed = 2 * heads * size * model.capacity * model.dtype.itemsize
+            what = f"the cache of the head at exit {self.exit_layer}"
+            with enough_memory(what, needed, "give a shorter --context, or leave the exit out"):
+                self.kv = KVCache(1, heads, size, model.capacity, model.dtype, model.device)
         return self.kv
 
     def _run_block(self, u: Tensor, start: int, nodes: Nodes) -> Tensor:
@@ -325,12 +332,19 @@ class Exits:
         """The exits at which the model's own norm and head were trained to work."""
         return tuple(x["exit_layer"] for x in self.record["exits"] if x.get("kind") == "own")
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """What tells these exits from others: what their config says of them, and their sizes."""
-        sizes = {file.name: file.stat().st_size for file in sorted(self.path.glob("*.safetensors"))}
-        said = json.dumps([self.record["base"], self.record["exits"], sizes], sort_keys=True)
-        return hashlib.sha256(said.encode()).hexdigest()[:16]
+        """What tells these exits from others: what their config says of them, and their weights.
+
+        Of each tensor a sample is read, as of a checkpoint's.
+        """
+        said = json.dumps([self.record["base"], self.record["exits"]], sort_keys=True)
+        digest = hashlib.sha256(said.encode())
+        for path in sorted(self.path.glob("*.safetensors")):
+            file = TensorFile(path)
+            for name in sorted(file.entries):
+                digest.update(f"{path.name} {name}".encode() + file.sample(name))
+        return digest.hexdigest()[:16]
 
     def check_base(self, checkpoint: Checkpoint, *, force: bool = False) -> None:
         """Raises ``UsageError`` if these exits belong to other weights, unless forced."""
@@ -364,7 +378,9 @@ class Exits:
         try:
             if entry.get("kind") == "lora":
                 tensors = block_of_layer(tensors, checkpoint, entry["layer"])
-            return TrainedHead(model, exit_layer, tensors, head_rows)
+            size = file.path.stat().st_size
+            with enough_memory(f"the head at exit {exit_layer}", size, "leave the exit out"):
+                return TrainedHead(model, exit_layer, tensors, head_rows)
         except (KeyError, IndexError, RuntimeError) as error:
             raise CheckpointError(f"{file.path} does not fit this model: {error}.") from None
 

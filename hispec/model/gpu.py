@@ -100,7 +100,7 @@ class GpuPasses:
         from hispec_kernels.gpu import plan
 
         self._config = config
-        self._rotary = rotary
+        self._rotary = rotary.to(device)
         self._dtype = dtype
         self._device = device
         self._graphs = Graphs(device)
@@ -109,7 +109,6 @@ class GpuPasses:
         self._straight = plan.STRAIGHT
         self._plan = torch.zeros(plan.LENGTH, dtype=torch.int32, device=device)
         self._width = self._plan[1:2]
-        self._cos, self._sin = rotary.cos.to(device), rotary.sin.to(device)  # (S, D_h)
 
         def room(size: int, kind: torch.dtype = dtype) -> Tensor:
             return torch.zeros(MAX_WIDTH, size, dtype=kind, device=device)
@@ -191,12 +190,13 @@ class GpuPasses:
         config, eps, width = self._config, self._config.rms_norm_eps, self._width
         x, h, delta, qkv = (y[:rows] for y in (self._x, self._h, self._delta, self._qkv))
         queries, mixed, hidden = (y[:rows] for y in (self._queries, self._mixed, self._hidden))
+        cos, sin = self._rotary.cos, self._rotary.sin  # (S, D_h)
         partials = Partials(splits, rows, config.num_heads, config.head_dim, self._device)
         for layer, block in enumerate(blocks, first):
             keys, values = kv.keys[layer], kv.values[layer]
             add_rms_norm(x, block.attention_norm, eps, width, h, rows=started)
             product(h, block.qkv.weight, width, qkv, block.qkv.bias)
-            rope_write(qkv, self._cos, self._sin, self._plan, queries, keys, values, rows=started)
+            rope_write(qkv, cos, sin, self._plan, queries, keys, values, rows=started)
             decode_attention(
                 queries, keys, values, self._plan, partials, mixed, tree=tree, rows=started
             )

@@ -121,9 +121,10 @@ class Separate:
     Attributes:
         cache: keys, values and last states of a beginning of the text.
         prompt: slots of the text's prompt.
+        fingerprint: of its weights.
     """
 
-    def __init__(self, model: Llama) -> None:
+    def __init__(self, model: Llama, fingerprint: str = "") -> None:
         self.model = model
         self.context = model.config.max_positions
         self.asynchronous = model.narrow.asynchronous
@@ -131,6 +132,7 @@ class Separate:
         self.cache = model.new_cache([self.boundary])
         self.head: ExitHead = SharedHead(model, self.boundary)
         self.prompt = 0
+        self.fingerprint = fingerprint
 
     @staticmethod
     def open(path: str, target: Checkpoint, model: Llama) -> Separate:
@@ -151,7 +153,7 @@ class Separate:
             own = Llama.load(checkpoint, model.dtype, model.device, exact=model.exact)
             if model.exact:
                 own.narrow.min_width = cached_min_width(own)
-        return Separate(own)
+        return Separate(own, checkpoint.fingerprint)
 
     def run(
         self,

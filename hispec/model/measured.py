@@ -60,6 +60,7 @@ def _key(model: Llama) -> str:
         getattr(model.narrow, "build", ""),
         device if device == "cpu" else torch.cuda.get_device_name(),
         model.dtype,
+        "exact" if model.exact else "fast",
         config.num_layers,
         config.hidden_size,
         config.intermediate_size,

@@ -11,6 +11,7 @@ one graph of Triton kernels.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
@@ -144,11 +145,17 @@ class Rotary:
         self.cos = torch.cat([cos, cos], -1)
         self.sin = torch.cat([-sin, sin], -1)
 
+    def to(self, device: torch.device) -> Rotary:
+        """Returns the same on a device."""
+        moved = copy.copy(self)
+        moved.cos, moved.sin = self.cos.to(device), self.sin.to(device)
+        return moved
+
     def split_kv(self, kv: Tensor, position: int, heads: int) -> tuple[Tensor, Tensor]:
         """Returns rotated keys and values from a projection of states at ``position`` and on.
 
         Args:
-            kv: (T, 2 H_kv D_h), key heads then value heads, not yet rotated.
+            kv: (T, 2 H_kv D_h), key heads then value heads, not yet rotated; on this device.
             position: absolute position of the first row.
             heads: H_kv.
 
@@ -157,6 +164,5 @@ class Rotary:
         """
         end = position + kv.shape[0]
         keys, values = kv.unflatten(1, (2 * heads, -1)).split(heads, dim=1)
-        cos = self.cos[position:end, None].to(kv.device)
-        sin = self.sin[position:end, None].to(kv.device)
+        cos, sin = self.cos[position:end, None], self.sin[position:end, None]
         return rotate(keys.float(), cos, sin), values

@@ -72,7 +72,7 @@ class TorchPasses:
         exact: bool,
     ) -> None:
         self.config = config
-        self._rotary = rotary
+        self._rotary = rotary.to(device)
         self.exact = exact
         self.min_width = 1
         self.asynchronous = device.type != "cpu"

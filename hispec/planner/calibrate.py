@@ -7,9 +7,12 @@ texts (:mod:`hispec.planner.replay`), and what the engine and the databases take
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
+
+import torch
 
 from hispec.errors import UsageError
 from hispec.hierarchy import AR, HD, MAX_WIDTH, Hierarchy, Level
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 CONTEXT_STEP = 128
 #: Tokens of plain decoding that tell what the engine's own work takes.
 PLAIN_TOKENS = 32
+#: Tokens of the prompt that tells what a separate model takes to read one.
+PROMPT_TOKENS = 256
 #: The most that the engine's own work may be of a pass.
 MOST_OWN_WORK = 0.2
 #: Half the width of an interval of acceptance from which on more answers are asked for.
@@ -100,7 +105,9 @@ def calibrate(
     heads = {exit_layer: lm.head(exit_layer) for exit_layer in exits}
     label = lm.exits.fingerprint if lm.exits else "own"
     costs = cost_table(lm.model, heads, context, label, anew=True)
-    costs = replace(costs, models_s=models_cost(lm, models, context))
+    costs = replace(
+        costs, models_s=models_cost(lm, models, context), prompt_s=prompt_cost(lm, models)
+    )
     acceptance = Acceptance()
     shadows: list[Shadow] = []
     answers: list[Result] = []
@@ -130,6 +137,24 @@ def models_cost(lm: LM, models: Sequence[str], context: int) -> dict[str, list[f
         own = cost_table(lm.separate(model).model, {}, context)
         rows = [own.pass_s(TARGET, 0, width) for width in range(1, MAX_WIDTH + 1)]
         found[Level(0, 1, model=model).name] = [0.0, *rows]
+    return found
+
+
+def prompt_cost(lm: LM, models: Sequence[str]) -> dict[str, float]:
+    """Returns seconds a token of a prompt takes each separate model, by its level's name."""
+    found = {}
+    for model in models:
+        own = lm.separate(model).model
+        length = min(PROMPT_TOKENS, own.config.max_positions)
+        times = []
+        with torch.inference_mode():
+            cache = own.new_cache([own.config.num_layers])
+            for _ in range(3):
+                cache.truncate(0)
+                started = time.perf_counter()
+                own.prefill(cache, [0] * length)
+                times.append(time.perf_counter() - started)
+        found[Level(0, 1, model=model).name] = min(times) / length
     return found
 
 

@@ -1,8 +1,9 @@
 """From a calibration to hierarchies worth measuring, the best expected one first.
 
-Chains of strict exits are searched as a shortest path. What has no closed form, databases' trees
-and exits that rank them, is a handful of shapes, each replayed on the calibration's answers. The
-best of both are forecast by the same replay.
+Chains of strict exits are searched as a shortest path, by how many tokens they draft. What has no
+closed form, databases' trees, exits that rank them and chains that stop where drafting does not
+pay, is a handful of shapes, each replayed on the calibration's answers. The best of all are
+forecast by the same replay.
 """
 
 from __future__ import annotations
@@ -74,8 +75,9 @@ def candidates(
     )
     for route in routes:
         chain = of_chain(route.chain, levels) if route.chain else None
-        if chain and chain.name not in found:
-            found[chain.name] = forecast(chain)
+        for shape in (chain, stopping(chain)) if chain else ():
+            if shape.name not in found:
+                found[shape.name] = forecast(shape)
     return sorted(found.values(), key=lambda candidate: -candidate.speedup)
 
 
@@ -112,6 +114,12 @@ def of_chain(chain: Chain, levels: Mapping[str, Level]) -> Hierarchy | None:
         return None
     parts = tuple(replace(levels[name], window=window) for name, window in chain)
     return Hierarchy(parts, "-".join(f"{_short(level)}x{level.window}" for level in parts))
+
+
+def stopping(chain: Hierarchy) -> Hierarchy:
+    """Returns a chain whose windows are the most its levels draft: they stop where it pays."""
+    levels = tuple(replace(level, adaptive=True) for level in chain.levels)
+    return replace(chain, levels=levels, name=f"~{chain.name}")
 
 
 def _short(level: Level) -> str:

@@ -36,6 +36,7 @@ class CostTable:
         heads_s: of each exit's head and the target's, picks included, by rows.
         round_s: of what each exit's head does once for a root, before its first logits.
         models_s: of a whole pass of each separate model, by rows.
+        prompt_s: of a token of a prompt that a separate model reads.
         step_s: of the engine's own work in a level's step.
         ask_s: of asking the databases once and teaching them what came of it.
         spread: how far measurements scattered: the median's distance from the least, relative.
@@ -48,6 +49,7 @@ class CostTable:
     heads_s: Mapping[str, Sequence[float]]
     round_s: Mapping[str, float] = field(default_factory=dict)
     models_s: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    prompt_s: Mapping[str, float] = field(default_factory=dict)
     step_s: float = 0.0
     ask_s: float = 0.0
     spread: float = 0.0
@@ -98,6 +100,7 @@ class CostTable:
             "heads_s": {name: list(row) for name, row in self.heads_s.items()},
             "round_s": dict(self.round_s),
             "models_s": {name: list(row) for name, row in self.models_s.items()},
+            "prompt_s": dict(self.prompt_s),
             "step_s": self.step_s,
             "ask_s": self.ask_s,
             "spread": self.spread,

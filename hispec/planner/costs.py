@@ -109,6 +109,8 @@ def cost_table(
         *("passes", model, lambda: measure(model, context, patience), f"{context}|{WIDTHS}"),
         anew=anew,
     )
+    if anew:
+        keep_price_slope(model, 1.0)  # what corrected the old table
     short, layers = passes["short"], model.config.num_layers
     scatter = [
         median / least - 1 for row in ("few", "all", "head") for least, median in passes[row]

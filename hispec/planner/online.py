@@ -11,12 +11,14 @@ knows what comes next.
     run the exit   ⇔   brought per chance · chance  >  rate · cost
 
 An exit that does not pay is still asked now and then, as texts change: for ``EXPLORED`` of the time
-where it nearly pays, and ever less the less it brings.
+where it nearly pays, and the less the less it brings, down to ``LEAST_EXPLORED`` of that. The time
+is that of all texts, so that short ones add up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 #: Tokens a pass is expected to yield before any was run, and what that guess counts for, in passes.
 FIRST_RATE = 1.5
@@ -26,8 +28,26 @@ FIRST_BROUGHT = 0.7
 FIRST_RUNS = 3.0
 #: The share of the time that goes to asking exits that seem not to pay.
 EXPLORED = 0.01
+LEAST_EXPLORED = 0.1
+#: The time that counts for it fades: after so many passes it weighs 1/e.
+EXPLORED_MEMORY = 1024.0
 #: What is counted fades: after so many passes, or runs of an exit, it weighs 1/e.
 MEMORY = 32.0
+
+
+@dataclass
+class Gains:
+    """What exits brought in all texts of a model.
+
+    Attributes:
+        by_level: chances each was asked for, and tokens it brought.
+        total: time that passed, of late.
+        explored: of it, what went to exits that seemed not to pay.
+    """
+
+    by_level: dict[str, list[float]] = field(default_factory=dict)
+    total: float = FIRST_PASSES
+    explored: float = 0.0
 
 
 class Worth:
@@ -37,25 +57,23 @@ class Worth:
         costs: relative time of a target's pass by width; None if width costs nothing.
         level_costs: relative time of a pass of each exit, by name; those that are missing always
             pay.
-        gains: by exit, chances it was asked for and tokens it brought; outlives the text.
+        gains: of the exits; outlives the text.
     """
 
     def __init__(
         self,
         costs: Sequence[float] | None,
         level_costs: Mapping[str, float],
-        gains: MutableMapping[str, list[float]],
+        gains: Gains,
     ) -> None:
         self._costs = costs
         self._level_costs = level_costs
         self._gains = gains
         for name in level_costs:
-            gains.setdefault(name, [FIRST_RUNS, FIRST_RUNS * FIRST_BROUGHT])
+            gains.by_level.setdefault(name, [FIRST_RUNS, FIRST_RUNS * FIRST_BROUGHT])
         self._tokens = FIRST_RATE * FIRST_PASSES
         self._time = FIRST_PASSES
         self._spent = 0.0  # of this round, on exits
-        self._total = 0.0  # of this text
-        self._explored = 0.0  # of it, on exits that seemed not to pay
         self._runs: list[tuple[str, float]] = []  # of this round: exit, chance
 
     @property
@@ -82,13 +100,13 @@ class Worth:
         cost = self._level_costs.get(level)
         if cost is None:
             return True
-        chances, brought = self._gains[level]
+        chances, brought = self._gains.by_level[level]
         value, price = brought / chances * chance, self.rate * cost
         if value <= price:
-            budget = EXPLORED * (self._total + FIRST_PASSES)
-            if (self._explored + cost) * price > budget * value:
+            share = EXPLORED * max(value / price, LEAST_EXPLORED)
+            if self._gains.explored + cost > share * self._gains.total:
                 return False
-            self._explored += cost
+            self._gains.explored += cost
         self._spent += cost
         self._runs.append((level, chance))
         return True
@@ -108,13 +126,15 @@ class Worth:
             if due:
                 brought[due] += 1
         for level, chance in self._runs:
-            gain = self._gains[level]
+            gain = self._gains.by_level[level]
             gain[0] = gain[0] * fade + chance
             gain[1] = gain[1] * fade + brought.pop(level, 0)
         self._runs.clear()
         pass_time = 1.0 if self._costs is None else self._costs[min(width, len(self._costs) - 1)]
         spent = pass_time + self._spent
         self._spent = 0.0
-        self._total += spent
+        forget = 1.0 - 1.0 / EXPLORED_MEMORY
+        self._gains.total = self._gains.total * forget + spent
+        self._gains.explored *= forget
         self._tokens = self._tokens * fade + len(origins)
         self._time = self._time * fade + spent

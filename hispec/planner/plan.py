@@ -9,6 +9,7 @@ the same.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hispec.errors import HispecError, UsageError
+from hispec.errors import CheckpointError, HispecError, UsageError
 from hispec.hierarchy import Hierarchy
 from hispec.model.device import dtype_name
 from hispec.model.measured import machine
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 FITS = {
     "weights": "the model's weights",
     "exits": "the exits",
+    "models": "the separate models",
     "machine": "the machine",
+    "passes": "the kind of passes",
     "dtype": "the dtype",
     "threads": "the number of threads",
 }
@@ -69,7 +72,7 @@ class Plan:
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.part")
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
             document = {**self.hierarchy.to_json(), "plan": dict(self.record)}
             temporary.write_text(json.dumps(document, indent=1) + "\n")
             temporary.replace(path)
@@ -81,7 +84,7 @@ class Plan:
 
         What a file does not say fits anywhere.
         """
-        wanted, found = self.record.get("made_for", {}), made_for(lm)
+        wanted, found = self.record.get("made_for", {}), made_for(lm, self.hierarchy)
         differing = [
             f"{what} ({_short(wanted[key])}, here {_short(found[key])})"
             for key, what in FITS.items()
@@ -90,13 +93,16 @@ class Plan:
         return ", ".join(differing)
 
 
-def made_for(lm: LM) -> dict[str, Any]:
-    """Returns what decides which hierarchy is fastest, for a loaded model."""
+def made_for(lm: LM, hierarchy: Hierarchy) -> dict[str, Any]:
+    """Returns what decides whether a hierarchy is the fastest, for a loaded model."""
+    models = [lm.separate(level.model).fingerprint[:12] for level in hierarchy.models]
     return {
         "model": lm.checkpoint.name,
         "weights": lm.checkpoint.fingerprint,
         "exits": lm.exits.fingerprint if lm.exits else None,
+        "models": ", ".join(models) or None,
         "machine": machine(lm.model.device),
+        "passes": lm.model.narrow.name,
         "dtype": dtype_name(lm.model.dtype),
         "threads": torch.get_num_threads(),
     }
@@ -124,8 +130,10 @@ def open_plan(path: Path, lm: LM, *, force: bool = False) -> Hierarchy:
 
 
 def saved_path(lm: LM) -> Path:
-    """Returns where the plan is kept that ``auto`` uses for a model."""
-    return cache_dir() / "plans" / f"{lm.checkpoint.fingerprint}.json"
+    """Returns where the plan is kept that ``auto`` uses for a model with these exits and dtype."""
+    exits = lm.exits.fingerprint if lm.exits else "no-exits"
+    name = f"{lm.checkpoint.fingerprint}-{exits}-{dtype_name(lm.model.dtype)}.json"
+    return cache_dir() / "plans" / name
 
 
 def saved_plan(lm: LM, *, force: bool = False) -> Hierarchy | None:
@@ -136,10 +144,10 @@ def saved_plan(lm: LM, *, force: bool = False) -> Hierarchy | None:
     try:
         plan = Plan.load(path)
         plan.hierarchy.check(lm.model.config.num_layers)
-    except UsageError as error:
+        differs = plan.misfit(lm)  # opens the separate models it needs
+    except (UsageError, CheckpointError) as error:
         print(f"{error} It is ignored; hispec plan makes another.", file=sys.stderr)
         return None
-    differs = plan.misfit(lm)
     if differs and not force:
         print(
             f"The saved plan was made for something else: {differs}. It is ignored; hispec plan "

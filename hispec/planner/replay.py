@@ -4,8 +4,8 @@ Drafting decides how many tokens a pass yields, never which. So where the target
 the round can be run without the target: it picks the answer's next token, and exits pick what
 :mod:`hispec.planner.shadow` has found them to. What runs is the engine itself with the databases
 and the drafter of that hierarchy; only its passes are looked up, and so is what they would have
-taken. Off the answer's path nothing is known: there exits find nothing likely, and what they are
-made to pick never stands.
+taken. Off the answer's path, and further behind a root than shadows reach, nothing is known: there
+exits find nothing likely, and what they are made to pick never stands.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class _Echo(Decoder):
         self._done = done
         self._vocab_size = self.levels[-1].runner.model.config.vocab_size
         self._met: set[str] = set()  # exits that have met this round's root
+        self._read: set[str] = set()  # separate models that have read the prompt
 
     def commit(self) -> list[int]:
         """See ``Decoder.commit``."""
@@ -141,6 +142,9 @@ class _Echo(Decoder):
         costs, name, cache, below = self._costs, level.counts.name, level.runner.cache, 0
         seconds = costs.step_s
         if name in costs.models_s:  # what it was not asked about it runs now
+            if name not in self._read:
+                self._read.add(name)
+                seconds += self._shadow.start * costs.prompt_s.get(name, 0.0)
             missing = upto - cache.length
             seconds += missing // MAX_WIDTH * at(costs.models_s[name], MAX_WIDTH)
             seconds += at(costs.models_s[name], missing % MAX_WIDTH)

@@ -31,8 +31,8 @@ from hispec_kernels import top_k
 if TYPE_CHECKING:
     from hispec.generation import LM
 
-#: Tokens behind a root that are looked at in one go.
-PLACES = 8
+#: Tokens behind a root that are looked at in one go; of what lies beyond nothing is known.
+PLACES = 12
 #: Tokens a draft has when acceptance is counted: the next root is where such a round would end.
 WALK = 4
 

@@ -15,11 +15,13 @@ pages.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +48,10 @@ class Builder:
     Attributes:
         num_texts: texts in whole runs; the caller goes on after these.
         num_tokens: tokens in them.
-        state: what the caller gave with the last whole run.
 
     Raises:
-        DatabaseError: another process builds the same file, or the folder cannot be written.
+        DatabaseError: another process builds the same file, or the disk is full or cannot be
+            written: now, in ``add`` or in ``finish``.
     """
 
     def __init__(self, out: Path, plan: Mapping[str, Any], longest: int) -> None:
@@ -58,25 +60,21 @@ class Builder:
         self._out = out
         self._longest = longest
         self._folder = out.parent / f".{out.name}.build"
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise DatabaseError(
-                f"{out} cannot be written ({error.strerror or error}). Give another --out."
-            ) from error
         self._lock = FileLock(self._folder / "lock")
-        try:
-            self._lock.acquire(timeout=0.5)
-        except Timeout:
-            raise DatabaseError(
-                f"Another process is building {out}. Wait for it, or give another --out."
-            ) from None
+        with _writing(out):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0.5)
+            except Timeout:
+                raise DatabaseError(
+                    f"Another process is building {out}. Wait for it, or give another --out."
+                ) from None
         self._runs: list[str] = []
         self._waiting: list[Sequence[int]] = []
         self._waiting_tokens = 0
         self.num_texts = self.num_tokens = 0
-        self.state: Any = None
-        self._resume(dict(plan) | {"longest": longest, "run": RUN_TOKENS})
+        with _writing(out):
+            self._resume(dict(plan) | {"longest": longest, "run": RUN_TOKENS})
 
     def _resume(self, plan: dict[str, Any]) -> None:
         """Finds whole runs of the same plan, and clears everything else."""
@@ -89,7 +87,6 @@ class Builder:
         if found.get("plan") == self._plan:
             self._runs = found["runs"]
             self.num_texts, self.num_tokens = found["num_texts"], found["num_tokens"]
-            self.state = found["state"]
         for path in self._folder.iterdir():
             if (
                 path.name not in ("lock", journal.name)
@@ -97,61 +94,58 @@ class Builder:
             ):
                 path.unlink()
 
-    def add(self, texts: Sequence[Sequence[int]], state: Any = None) -> None:
+    def add(self, texts: Sequence[Sequence[int]]) -> None:
         """Counts texts; a run is written when there are enough tokens.
 
         Args:
             texts: ids; nothing is counted across two texts.
-            state: anything JSON can hold, handed back to a build that goes on after these texts.
         """
         self._waiting.extend(texts)
         self._waiting_tokens += sum(map(len, texts))
         if self._waiting_tokens >= RUN_TOKENS:
-            self._write_run(state)
+            with _writing(self._out):
+                self._write_run()
 
-    def _write_run(self, state: Any) -> None:
+    def _write_run(self) -> None:
         if not self._waiting:
             return
         name = f"run-{len(self._runs):05}"
         for length, records in enumerate(count_each(self._waiting, self._longest), 1):
             for column in Records._fields:
-                getattr(records, column).tofile(self._folder / f"{name}.{length}.{column}")
+                # Not tofile(), whose error does not say that the disk is full.
+                (self._folder / f"{name}.{length}.{column}").write_bytes(
+                    getattr(records, column).data
+                )
         self._runs.append(name)
         self.num_texts += len(self._waiting)
         self.num_tokens += self._waiting_tokens
-        self.state = state
         self._waiting, self._waiting_tokens = [], 0
         journal = {
             "plan": self._plan,
             "runs": self._runs,
             "num_texts": self.num_texts,
             "num_tokens": self.num_tokens,
-            "state": state,
         }
         temporary = self._folder / "journal.part"
         temporary.write_text(json.dumps(journal), encoding="utf-8")
         os.replace(temporary, self._folder / "journal.json")
 
-    def finish(
-        self,
-        facts: Mapping[str, str | int],
-        *,
-        least: int,
-        width: int,
-        progress: Callable[[float], None] = lambda part: None,
-    ) -> None:
+    def finish(self, facts: Mapping[str, str | int], *, least: int, width: int) -> None:
         """The store is there, and nothing else.
 
         Args:
             facts: for its header, beside what is known here.
             least: successors seen less often are dropped.
             width: successors kept of a row.
-            progress: is told the merged part, 0 … 1.
 
         Raises:
             DatabaseError: there was no text.
         """
-        self._write_run(self.state)
+        with _writing(self._out):
+            self._finish(facts, least=least, width=width)
+
+    def _finish(self, facts: Mapping[str, str | int], *, least: int, width: int) -> None:
+        self._write_run()
         if not self.num_tokens:
             self.close()
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -175,7 +169,6 @@ class Builder:
                     _read(run, at[part], at[part + 1]) for run, at in zip(runs, cuts, strict=True)
                 ]
                 writer.add(*rows(merge(slices), least=least, width=width))
-                progress((part + 1) / parts)
             known = {
                 "num_texts": self.num_texts,
                 "num_tokens": self.num_tokens,
@@ -192,6 +185,19 @@ class Builder:
     def close(self) -> None:
         """Lets another process build the same file."""
         self._lock.release()
+
+
+@contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Inside, a disk that is full or cannot be written raises ``DatabaseError``."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise DatabaseError(
+            f"{out} cannot be written ({error.strerror or error}). "
+            f"{'Make room, or give' if full else 'Give'} another --out."
+        ) from error
 
 
 def _read(run: Path, first: int, end: int) -> Records:
@@ -211,13 +217,20 @@ def merge_stores(stores: Sequence[Store], out: Path) -> None:
 
     What a store dropped stays dropped, so the sum of two stores is not quite the store of both
     texts: a successor that was too rare in each may not have been in both.
+
+    Raises:
+        DatabaseError: the disk is full or cannot be written.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    with _writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
     width = max(store.fact("width", WIDTH) for store in stores)
     parts = max(sum(len(store.counts) for store in stores) // RANGE_RECORDS, 1)
     bounds = [(part << 64) // parts for part in range(1, parts)]
     cuts = [_cuts(store.counts.keys, bounds) for store in stores]
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder:
+    with (
+        _writing(out),
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder,
+    ):
         writer = Writer(Path(folder))
         try:
             for part in range(parts):

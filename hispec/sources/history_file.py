@@ -36,6 +36,7 @@ _SCHEMA = (
     + ", ".join(f"{name} blob not null" for name in COLUMNS)
     + ")",
 )
+_ASSIGNED = ", ".join(f"{name} = ?" for name in COLUMNS)
 
 
 def default_path(model: str) -> Path:
@@ -168,6 +169,19 @@ def add_records(path: Path, tokenizer: str, records: Records) -> None:
         _count(file, records)
 
 
+def replace_records(path: Path, tokenizer: str, parts: Sequence[Records]) -> None:
+    """The history holds the counts of all parts and nothing else, from one moment to the next.
+
+    Raises:
+        DatabaseError: see :func:`writing`.
+    """
+    with writing(path, tokenizer) as file:
+        file.execute("delete from texts")
+        file.execute(f"update counts set {_ASSIGNED}", _blobs(Records.none()))
+        for records in parts:
+            _count(file, records)
+
+
 def records_of(file: sqlite3.Connection) -> Records:
     """Returns all an open history knows, the texts that wait included."""
     texts = [tokens for _, tokens in waiting(file)]
@@ -178,9 +192,7 @@ def _count(file: sqlite3.Connection, more: Records) -> None:
     """Moves the texts that wait, and ``more``, into the counts."""
     texts = [tokens for _, tokens in waiting(file)]
     records = grown(read_counts(file).records(), merge([count(texts, LONGEST), more]))
-    columns = _blobs(records)
-    names = ", ".join(f"{name} = ?" for name in COLUMNS)
-    file.execute(f"update counts set generation = generation + 1, {names}", columns)
+    file.execute(f"update counts set generation = generation + 1, {_ASSIGNED}", _blobs(records))
     file.execute("delete from texts")
 
 

@@ -7,8 +7,7 @@ tokens, which knows less often and better. The newest row replaces the old one. 
 grown from the tables, so the flushed end of a rejected tree comes back by itself where it still
 fits.
 
-Both outlive a text: they know the model, not the text. Rows never observed may be seeded with the
-successors counted in the model's own answers.
+Both outlive a text: they know the model, not the text.
 """
 
 from __future__ import annotations
@@ -17,24 +16,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hispec.errors import UsageError
 from hispec.sources.growth import grow
-from hispec.sources.ngrams import keys_of
 from hispec.sources.source import GRADES, Candidate
-from hispec.sources.store import Store
 
 WIDTH = 8  # successors kept of a token
 PAIRS = 32_768  # rows of the table of pairs: 1 MB, and about 4 MB for finding them
 DEPTH = 6
 
 # Grades: the table, times the rank in it.
-_PAIR, _SINGLE, _SEED = range(3)
-_RANKS = [tuple(range(kind * WIDTH, (kind + 1) * WIDTH)) for kind in range(3)]
+_PAIR, _SINGLE = range(2)
+_RANKS = [tuple(range(kind * WIDTH, (kind + 1) * WIDTH)) for kind in range(2)]
 # How often each kind stood on held-out answers of SmolLM2-135M (scripts/replay_sources.py).
 _PRIORS = {
     _PAIR: (0.69, 0.10, 0.04, 0.02, 0.01, 0.01, 0.01, 0.01),
     _SINGLE: (0.28, 0.11, 0.06, 0.04, 0.03, 0.02, 0.02, 0.01),
-    _SEED: (0.28, 0.10, 0.06, 0.04, 0.03, 0.02, 0.02, 0.02),
 }
 
 
@@ -43,35 +38,24 @@ class Recycle:
 
     Args:
         vocab_size: V.
-        seed: (V, WIDTH) int32 successors of tokens, best first, −1 where there is none; they lie
-            under what is observed.
 
     Attributes:
         name: ``recycle``.
         priors: see :class:`hispec.sources.source.Source`.
-
-    Raises:
-        UsageError: the seed has another shape.
     """
 
     name = "recycle"
 
-    def __init__(self, vocab_size: int, seed: np.ndarray | None = None) -> None:
-        if seed is not None and seed.shape != (vocab_size, WIDTH):
-            raise UsageError(
-                f"the successors have shape {seed.shape}, this model needs {(vocab_size, WIDTH)}. "
-                "Build them with this model's tokenizer."
-            )
+    def __init__(self, vocab_size: int) -> None:
         self.priors = [0.02] * GRADES
         for kind, chances in _PRIORS.items():
             self.priors[kind * WIDTH : (kind + 1) * WIDTH] = chances
         self._vocab_size = vocab_size
-        self._seed = seed
         self._last: tuple[int, ...] = ()  # at most two ids
         self.reset()
 
     def reset(self) -> None:
-        """Forgets every observation; the seed stays."""
+        """Forgets every observation."""
         self._singles = np.full((self._vocab_size, WIDTH), -1, np.int32)
         self._pairs = np.full((PAIRS, WIDTH), -1, np.int32)
         self._slots: dict[int, int] = {}  # before · V + token → row of _pairs
@@ -102,10 +86,7 @@ class Recycle:
             slot = self._slots.get(suffix[-2] * self._vocab_size + token)
             if slot is not None:
                 return _known(self._pairs[slot]), _RANKS[_PAIR], last
-        row = _known(self._singles[token])
-        if row or self._seed is None:
-            return row, _RANKS[_SINGLE], last
-        return _known(self._seed[token]), _RANKS[_SEED], last
+        return _known(self._singles[token]), _RANKS[_SINGLE], last
 
     def observe(
         self, tokens: Sequence[int], top: np.ndarray, before: Sequence[int] | None = None
@@ -132,16 +113,6 @@ class Recycle:
 
     def end(self) -> None:
         """What was observed stays."""
-
-
-def seed_from(store: Store, vocab_size: int) -> np.ndarray:
-    """Returns the seed that a store of successors (keys of one token) makes."""
-    seed = np.full((vocab_size, WIDTH), -1, np.int32)
-    for token in range(vocab_size):
-        found = store.counts.row(keys_of((token,))[0], WIDTH)
-        if found:
-            seed[token, : len(found[0])] = found[0]
-    return np.where(seed < vocab_size, seed, -1)
 
 
 def _known(row: np.ndarray) -> list[int]:

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -141,7 +141,8 @@ class Writer:
     def close(self) -> None:
         """Closes what a failed build left open."""
         for file in self._files.values():
-            file.close()
+            with suppress(OSError):  # a full disk is known from what was written before
+                file.close()
 
 
 def write(path: Path, counts: Counts, facts: Mapping[str, str | int]) -> None:

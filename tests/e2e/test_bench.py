@@ -58,7 +58,10 @@ def test_all_methods_side_by_side(bench: Any, tmp_path: Path) -> None:
     for name, entry in document["methods"].items():
         assert entry["prompts"] == 4, name
         assert entry["mismatched_prompts"] == 0, name  # transformers too: fp32, no ties here
-        assert entry["speedup_low"] <= entry["speedup"] <= entry["speedup_high"], name
+        if name == document["baseline"]:
+            assert (entry["speedup"], entry["speedup_low"]) == (1, None)
+        else:
+            assert entry["speedup_low"] <= entry["speedup"] <= entry["speedup_high"], name
     assert document["provenance"]["model"]
     assert {x["name"] for x in document["methods"]["hd"]["sources"]} >= {"context", "recycle"}
     assert document["methods"]["lookahead"]["sources"][0]["name"] == "pool"
@@ -94,20 +97,33 @@ def test_reports_without_a_model(
     out, _ = capsys.readouterr()
     assert json.loads(out.splitlines()[-1]).keys() == {"a", "b"}
     assert (tmp_path / "both" / "comparison.html").exists()
+    written = (tmp_path / "a" / "report.md").stat().st_mtime_ns
+    assert main(["bench", "report", runs[0], "--out", str(tmp_path / "one")]) == 0
+    out, err = capsys.readouterr()
+    assert {path.name for path in (tmp_path / "one").iterdir()} == {
+        *("report.md", "report.html", "report.json"),
+    }
+    assert (tmp_path / "one" / "report.md").read_text() in out
+    assert str(tmp_path / "one" / "report.html") in err
+    assert (tmp_path / "a" / "report.md").stat().st_mtime_ns == written
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "report", runs[0], "--out", str(tmp_path / "file")]) == 1
+    assert "cannot write to" in capsys.readouterr().err
     assert main(["bench", "report", str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
 
 
 def test_sweep_writes_the_best_hierarchies(bench: Any, tmp_path: Path) -> None:
-    options = ["--exit-layers", "2,4", "--windows", "1,3", "--check-windows", "3"]
+    options = ["--exit-layers", "0,4", "--windows", "1,3", "--check-windows", "3"]
     code, out, err = bench("sweep", *options, "--finalists", "1", *short(tmp_path, "--json"))
     assert code == 0, err
     chosen = json.loads((tmp_path / "run" / "hierarchies.json").read_text())
     assert chosen.keys() == {"layerskip", "hispec", "auto"}
     document = json.loads(out.splitlines()[-1])
     assert document["hierarchies"] == chosen
-    assert {"2x1", "4x3", "2x3-4x3"} <= document["grid"]["methods"].keys()
-    assert "Draft exit and check exit" in (tmp_path / "run" / "sweep.html").read_text()
+    assert {"0x1", "4x3", "4x3r", "0x3-4x3"} <= document["grid"]["methods"].keys()
+    html = (tmp_path / "run" / "sweep.html").read_text()
+    assert "Draft exit and check exit" in html and "One exit, ranking" in html
     for name, hierarchy in chosen.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(hierarchy))
     code, _, err = bench("--methods", str(tmp_path / "hispec.json"), "--max-new-tokens", "4",

@@ -76,7 +76,8 @@ def test_it_plans_measures_and_saves(plan: Any, tmp_path: Path, cache_home: Path
 
 def test_the_best_forecast_of_those_that_may_be_fastest() -> None:
     found = [
-        SimpleNamespace(hierarchy=SimpleNamespace(name=name)) for name in ("a", "b", "c", "ar")
+        SimpleNamespace(hierarchy=SimpleNamespace(name=name), speedup=speedup)
+        for name, speedup in (("a", 1.5), ("b", 1.4), ("c", 1.3), ("ar", 1.0), ("d", 0.97))
     ]
 
     def chosen(**measured: tuple[float, float]) -> str:
@@ -94,6 +95,7 @@ def test_the_best_forecast_of_those_that_may_be_fastest() -> None:
     assert chosen(b=(1.4, 1.7), c=(1.5, 1.6)) == "b", "a was not measured"
     assert chosen(a=(0.9, 1.6), b=(1.2, 1.3)) == "b"
     assert chosen(a=(0.9, 1.2), b=(0.8, 0.9)) == "ar"
+    assert chosen(d=(1.01, 1.12)) == "ar", "a forecast below 1 and a lucky measurement"
 
 
 @pytest.mark.parametrize(

@@ -345,6 +345,41 @@ def test_exit_head(width: int, vocab: int, k: int, seed: int | None, dtype: torc
         torch.testing.assert_close(odds[:width], chances, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("seed", [None, 99])
+def test_exit_head_whose_last_piece_is_nearly_empty(seed: int | None) -> None:
+    x, w = bad(16, 48, dtype=torch.float32), noise(129, 48, dtype=torch.float32, seed=1)
+    x[:2] = noise(2, 48, dtype=torch.float32)
+    w[128] = x[0]  # the best of row 0, alone in its piece
+    temperature, positions = torch.tensor([0.6], device=DEVICE), torch.arange(16, device=DEVICE)
+    sampling = None
+    if seed is not None:
+        sampling = torch.cat([torch.tensor([seeded_state(seed)], device=DEVICE), positions])
+    found, odds = best(x, w, count(2), 4, temperature, sampling)
+    logits = x[:2] @ w.T
+    wanted, chances = reference_head.best(logits, 4, 0.6, seed, positions[:2], None)
+    assert found[0, 0] == 128 and torch.equal(found[:2], wanted)
+    torch.testing.assert_close(odds[:2], chances, rtol=1e-3, atol=1e-6)
+
+
+def test_exit_head_of_what_is_no_number_names_ids_that_exist() -> None:
+    x, w = bad(16, 48, dtype=torch.float32), noise(300, 48, dtype=torch.float32, seed=1)
+    x[:2] = noise(2, 48, dtype=torch.float32)
+    x[1, 5] = float("nan")
+    table = torch.arange(700, 1000, device=DEVICE)
+    found, odds = best(x, w, count(2), 3, torch.ones(1, device=DEVICE), ids=table)
+    assert ((found[:2] >= 700) & (found[:2] < 1000)).all()
+    wanted, chances = reference_head.best(x[:1] @ w.T, 3, 1.0, None, torch.zeros(1), table)
+    assert torch.equal(found[:1], wanted)
+    torch.testing.assert_close(odds[:1], chances, rtol=1e-3, atol=1e-6)
+    assert (odds[1] == 0).all()
+
+
+@pytest.mark.parametrize("size", [50, 9001])
+def test_top_k_of_what_is_no_number_names_columns_that_exist(size: int) -> None:
+    _, columns = top_k(torch.full((2, size), float("nan"), device=DEVICE), 3)
+    assert ((columns >= 0) & (columns < size)).all()
+
+
 @pytest.mark.parametrize(("rows", "size", "k"), [(1, 1, 1), (3, 50, 8), (2, 5000, 3), (1, 9001, 8)])
 def test_top_k(rows: int, size: int, k: int) -> None:
     logits = noise(rows, size).mul(4).round()  # many equal ones

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 from unittest import mock
 
@@ -15,10 +16,12 @@ from helpers.gpu_llama import (
 )
 
 from hispec.errors import HispecError, UsageError
-from hispec.model import llama
+from hispec.model import cache, llama
+from hispec.model.device import enough_memory
 from hispec.model.gpu import GpuPasses, gpu_passes
 from hispec.model.llama import Llama
 from hispec_kernels import gpu
+from hispec_kernels.gpu import noise
 
 
 @pytest.mark.parametrize(
@@ -47,10 +50,24 @@ def test_where_the_kernels_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "T4")
     assert why_not(cuda) == "T4 has compute capability 7.5; the kernels need 8.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert why_not(cuda) == ""
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "_trial", lambda device: f"tried on {device}")
+        assert why_not(cuda) == "tried on cuda"
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: None)
     assert why_not(cuda) == "Triton is not installed (pip install triton)"
     assert "mps" in why_not(torch.device("mps")) or "Triton" in why_not(torch.device("mps"))
+
+
+def test_no_kernel_is_used_where_the_smallest_cannot_be_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert gpu._trial(DEVICE) == ""
+
+    def fail(*_: Any) -> None:
+        raise subprocess.CalledProcessError(1, ["gcc", "main.c"])
+
+    monkeypatch.setattr(noise, "noisy", fail)
+    assert gpu._trial(DEVICE).startswith("Triton cannot build the kernels here: Command '['gcc'")
 
 
 @torch.inference_mode()
@@ -79,6 +96,30 @@ def test_out_of_memory_says_what_was_needed(fp32: Llama, monkeypatch: pytest.Mon
         with pytest.raises(HispecError, match=words):
             fp32.new_cache([3])
     assert torch.equal(run(fp32, random_rows(2), (2,)), wanted), "the model stays usable"
+
+
+@torch.inference_mode()
+def test_a_cache_without_room_for_an_exit_is_as_it_was(
+    fp32: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = fp32.new_cache([3])
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "lazy_zeros", fail)
+        with pytest.raises(HispecError, match=r"keeping an exit's states .* shorter --context"):
+            kept.reset([1, 3])
+    assert kept.boundaries == [3]
+    kept.reset([1, 3])
+    assert kept.computed == {1: 0, 3: 0}
+
+
+def test_memory_that_runs_out_in_a_text_says_what_helps() -> None:
+    words = r"decoding needs more memory than there is.*: do that"
+    with pytest.raises(HispecError, match=words), enough_memory("decoding", None, "do that"):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def test_a_context_the_model_does_not_have_is_refused() -> None:

@@ -2,6 +2,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -342,6 +343,72 @@ def test_evaluation_prompts_stay_out(tiny_llama, prompt_file, tmp_path, capsys):
 def test_bad_options_are_refused(tiny_llama, prompt_file, tmp_path, options, words):
     with pytest.raises(HispecError, match=words):
         distill.main(arguments(tiny_llama, prompt_file, tmp_path / "d.jsonl", *options))
+
+
+@pytest.mark.parametrize("option", ["--prompts", "--exclude"])
+def test_a_file_that_is_read_is_not_written(tiny_llama, prompt_file, tmp_path, option):
+    mine = tmp_path / "p.jsonl"
+    mine.write_bytes(b"".join(prompt_file.read_bytes().splitlines(keepends=True)[:9]))
+    before = mine.read_bytes()
+    (tmp_path / "elsewhere").mkdir()
+    again = tmp_path / "elsewhere" / ".." / "p.jsonl"
+    prompts_read = prompt_file if option == "--exclude" else again
+    more = ["--exclude", again] if option == "--exclude" else []
+    with pytest.raises(UsageError, match="give another"):
+        distill.main(arguments(tiny_llama, prompts_read, mine, "--resume", *more))
+    assert mine.read_bytes() == before
+
+
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_file_of_others_is_not_written(tiny_llama, prompt_file, tmp_path, more):
+    out = tmp_path / "notes.jsonl"
+    out.write_text("mine")
+    with pytest.raises(UsageError, match=r"notes.jsonl is there and no run of hispec distill"):
+        distill.main(arguments(tiny_llama, prompt_file, out, *more))
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.jsonl"]
+    assert out.read_text() == "mine"
+
+
+def stop_at(monkeypatch, number):
+    """Ctrl-C comes while shard ``number`` (from 0) of the following runs is decoded."""
+    done, decode = [], distill.decode_shard
+
+    def decoded(*args):
+        if len(done) == number:
+            raise KeyboardInterrupt
+        done.append(1)
+        return decode(*args)
+
+    monkeypatch.setattr(distill, "decode_shard", decoded)
+
+
+def test_a_run_that_is_stopped_leaves_what_there_is(tiny_llama, prompt_file, tmp_path, monkeypatch):
+    out = tmp_path / "d.jsonl"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 0)
+        distill.main(arguments(tiny_llama, prompt_file, out))
+    assert not out.exists(), "an empty file is no answers"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 1)
+        distill.main(arguments(tiny_llama, prompt_file, out, "--resume"))
+    assert len(rows_of(out)) == 6
+
+
+def test_a_finished_file_survives_without_its_folder(
+    tiny_llama, prompt_file, tmp_path, monkeypatch
+):
+    out = tmp_path / "d.jsonl"
+    distill.main(arguments(tiny_llama, prompt_file, out))
+    whole = out.read_bytes()
+    shutil.rmtree(shards_of(out))  # to make room
+    with pytest.raises(UsageError, match=r"d.jsonl holds an earlier run.*--resume"):
+        distill.main(arguments(tiny_llama, prompt_file, out))
+    with pytest.raises(UsageError, match="max_new_tokens"):
+        distill.main(arguments(tiny_llama, prompt_file, out, "--resume", "--max-new-tokens", 5))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        stop_at(patch, 1)
+        distill.main(arguments(tiny_llama, prompt_file, out, "--resume"))
+    assert out.read_bytes() == whole
 
 
 def test_plain_text_is_cut_to_a_prefix(checkpoint):

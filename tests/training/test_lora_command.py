@@ -63,6 +63,26 @@ def test_command_trains_measures_and_merges(make_llama, tmp_path, cache_home, ca
     assert "holds no adapter" in capsys.readouterr().err
 
 
+def test_a_disk_full_at_the_end_keeps_what_was_trained(make_llama, tmp_path, capsys, monkeypatch):
+    folder, out = make_llama(), tmp_path / "out"
+    rows = [{"prompt_ids": [i, 5, 9], "response_ids": [3, i, 4, 7]} for i in range(20)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def no_room(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    for name in ("peft.PeftModel.save_pretrained", "hispec.model.adapter.merge",
+                 "hispec_training.report.write_report"):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(name, no_room)
+            assert hispec(command(folder, out, "--resume")) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"hispec: Cannot write {out}") and "No space left" in said
+        assert said.endswith("run again with --resume.")
+    assert hispec(command(folder, out, "--resume")) == 0
+    assert (out / "report" / "curves.png").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -154,6 +155,23 @@ def test_bad_rows_name_the_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UsageError, match=message):
         read_examples([path], 10)
+
+
+def test_packed_rows_are_read_like_others(tmp_path):
+    rows = [{"prompt_ids": [1, 2], "response_ids": [3, 4 + i]} for i in range(9)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    plain, packed = tmp_path / "data.jsonl", tmp_path / "data.jsonl.gz"
+    plain.write_text(text)
+    packed.write_bytes(gzip.compress(text.encode()))
+    assert read_examples([packed], 10) == read_examples([plain], 10)
+
+
+def test_files_that_cannot_be_read_are_one_sentence(tmp_path):
+    torn = tmp_path / "torn.jsonl.gz"
+    torn.write_bytes(gzip.compress(b"{}" * 999)[:-9])
+    for path in (tmp_path / "typo.jsonl", tmp_path, torn):
+        with pytest.raises(UsageError, match=f"Cannot read {path}: "):
+            read_examples([path], 10)
 
 
 def test_cut_never_exceeds_the_limit():

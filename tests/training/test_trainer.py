@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from training.exit_setup import EXITS, make_cache, make_exits
 
 from hispec.cli import main as hispec
@@ -332,6 +334,63 @@ def test_an_earlier_run_is_not_overwritten(distilled, tmp_path, capsys):
     assert hispec(command(distilled, tmp_path / "out")) == 0
     assert hispec(command(distilled, tmp_path / "out")) == 2
     assert "--resume" in capsys.readouterr().err
+
+
+def test_a_model_or_where_it_starts_from_is_not_written_over(distilled, tmp_path, capsys):
+    before = {path.name: path.read_bytes() for path in distilled.iterdir()}
+    copy = tmp_path / "run" / "merged"
+    shutil.copytree(distilled, copy)
+    (tmp_path / "exits").mkdir()
+    start = ["--start-from", str(tmp_path / "exits")]
+    for model, out, more, words in [
+        (distilled, distilled, [], "is the folder of the model"),
+        (distilled, distilled / "x" / "..", [], "is the folder of the model"),
+        (distilled, copy, [], "holds a model (model.safetensors)"),
+        (copy, copy.parent, ["--mode", "lora"], "is the folder of the model"),
+        (distilled, tmp_path / "exits", start, "--start-from and --out are both"),
+    ]:
+        assert hispec(command(model, out, *more, "--resume")) == 2
+        assert words in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in distilled.iterdir()} == before
+    assert not list((tmp_path / "exits").iterdir())
+
+
+@pytest.mark.parametrize(
+    "package, more",
+    [
+        ("accelerate", []),
+        ("accelerate", ["--mode", "lora"]),
+        ("peft", ["--mode", "lora"]),
+        ("peft", ["--head", "lora"]),
+        ("matplotlib", []),
+    ],
+)
+def test_a_missing_package_is_one_sentence(distilled, tmp_path, capsys, monkeypatch, package, more):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert hispec(command(distilled, tmp_path / "out", *more)) == 2
+    said = capsys.readouterr().err
+    assert said == f"hispec: training needs the package {package}: pip install 'hispec[train]'.\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_full_at_the_end_keeps_what_was_trained(distilled, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+
+    def no_room(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    def no_room_either(*_):
+        raise OSError(28, "No space left on device")
+
+    for name, raises in [("export.save_file", no_room), ("report.draw_curves", no_room_either)]:
+        with monkeypatch.context() as patch:
+            patch.setattr(f"hispec_training.{name}", raises)
+            assert hispec(command(distilled, out, "--resume")) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"hispec: Cannot write {out} (") and "No space left" in said
+        assert said.endswith("run again with --resume.") and not list(out.glob(".*"))
+    assert hispec(command(distilled, out, "--resume")) == 0
+    assert (out / "report" / "curves.png").exists()
 
 
 @pytest.mark.slow

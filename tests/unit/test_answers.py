@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import signal
@@ -88,6 +89,40 @@ def test_bad_rows_are_named_and_the_others_answered(folder, tmp_path, capsys) ->
         (8, "context"),
     ):  # fmt: skip
         assert f"line {number}: " in said and why in rows[number - 1]["error"]
+
+
+def test_rows_that_are_no_text(folder, tmp_path, capsys) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_text(
+        '{"messages": [{"role": "user", "content": null}]}\n'
+        '{"prompt": "\\ud83d"}\n'
+        '{"messages": [{"role": "user", "content": "\\ud83d"}], "id": "\\ude00"}\n'
+        '{"\\ud83d": "what?"}\n'
+        '{"prompt": "fine"}\n'
+    )
+    out = tmp_path / "answers.jsonl"
+    assert main(command(folder, source, out)) == 1
+    rows = lines(out)
+    assert [row["line"] for row in rows if "error" not in row] == [5]
+    assert "content" in rows[0]["error"]
+    assert all("surrogate" in row["error"] for row in rows[1:4])
+    said = capsys.readouterr().err
+    assert all(f"line {number}: " in said for number in range(1, 5))
+
+
+def test_gzipped_prompts(folder, tmp_path, capsys) -> None:
+    source, packed = prompts(tmp_path / "prompts.jsonl", 2), tmp_path / "prompts.jsonl.gz"
+    packed.write_bytes(gzip.compress(source.read_bytes()))
+    assert main(command(folder, source, tmp_path / "a")) == 0
+    assert main(command(folder, packed, tmp_path / "b")) == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    capsys.readouterr()
+    whole = packed.read_bytes()
+    for damaged in (source.read_bytes(), whole[:-12], whole[:10] + b"\xff" + whole[11:]):
+        packed.write_bytes(damaged)
+        assert main(command(folder, packed, tmp_path / "c")) == 2
+        said = capsys.readouterr().err
+        assert "cannot read" in said and said.count("\n") == 1
 
 
 @pytest.mark.parametrize("sampling", [(), ("--temperature", "1.0", "--seed", "7", "--n", "2")])
@@ -179,3 +214,18 @@ def test_files_that_cannot_be(folder: Path, tmp_path: Path, capsys) -> None:
         assert word in capsys.readouterr().err
     assert other.read_text() == "my notes\n"
     assert source.read_text().startswith('{"prompt"')
+
+
+def test_what_cannot_be_written_is_said_before_a_model_is_loaded(tmp_path: Path, capsys) -> None:
+    source = prompts(tmp_path / "prompts.jsonl", 1)
+    model = tmp_path / "no model"
+    (tmp_path / "a").symlink_to(tmp_path / "nowhere" / "a")
+    (tmp_path / "b.stats.jsonl").mkdir()
+    for name in ("a", "b"):
+        assert main(command(model, source, tmp_path / name)) == 2
+        said = capsys.readouterr().err
+        assert "cannot write" in said and said.count("\n") == 1
+    before = {path.name for path in tmp_path.iterdir()}
+    assert main(command(model, source, tmp_path / "c")) == 1
+    assert "no folder" in capsys.readouterr().err.lower()
+    assert {path.name for path in tmp_path.iterdir()} == before, "the check left a file behind"

@@ -208,6 +208,29 @@ def test_an_early_exit_without_a_shared_head_says_so(tiny_llama: Path, lm: LM) -
     assert roster.shared_head_agreement(lm, 5, ids) > roster.shared_head_agreement(lm, 1, ids)
 
 
+@pytest.mark.parametrize(
+    ("preset", "trained", "wanted"), [(0, (0, 4), 4), (3, (1, 3), 3), (0, (0,), 2)]
+)
+def test_transformers_drafts_from_an_exit_that_has_run_layers(
+    lm: LM, monkeypatch: pytest.MonkeyPatch, preset: int, trained: tuple[int, ...], wanted: int
+) -> None:
+    best = {"layerskip": Hierarchy((Level(preset, 3, ranks=True),), "layerskip")}
+    monkeypatch.setattr(lm, "exits", types.SimpleNamespace(exit_layers=trained, best=best))
+    _, methods = roster.build(lm, ["hf-early-exit"])
+    options = methods[-1].settings["transformers"]
+    assert options["assistant_early_exit"] == wanted
+    assert options["num_assistant_tokens"] == 3
+    assert methods[-1].note.startswith(f"exit {wanted}, 3 tokens a draft")
+    assert ("cannot draft at layerskip's exit 0" in methods[-1].note) == (preset != wanted)
+
+
+def test_no_early_exit_without_layers_to_run() -> None:
+    config = types.SimpleNamespace(num_layers=1)
+    shallow: Any = types.SimpleNamespace(model=types.SimpleNamespace(config=config), exits=None)
+    with pytest.raises(UsageError, match="hf-early-exit needs an exit of at least 1"):
+        roster.early_exit(shallow, 0)
+
+
 # ---------------------------------------------------------------------- llama.cpp
 
 
@@ -242,7 +265,8 @@ def test_llama_cpp_stops_where_we_do(
     speculative.LlamaPromptLookupDecoding = lambda num_pred_tokens: "draft"  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "llama_cpp", package)
     monkeypatch.setitem(sys.modules, "llama_cpp.llama_speculative", speculative)
-    method = LlamaCpp(tmp_path / "m.gguf", frozenset({5}), 256, lookup=lookup)
+    method = LlamaCpp(tmp_path / "m.Q4_1.gguf", frozenset({5}), 256, lookup=lookup)
+    assert method.note.startswith("llama-cpp-python on 4-bit weights, Q4_1, not on the weights of")
     assert method(Question(PROMPT, LIMIT)).token_ids == [0, 1, 2, 3, 4, 5]
     assert method(Question(PROMPT, 3)).token_ids == [0, 1, 2]
     assert len(opened) == 1 and opened[0]["n_threads"] == torch.get_num_threads()

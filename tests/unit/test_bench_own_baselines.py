@@ -7,6 +7,7 @@ import itertools
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from helpers.lms import open_lm, plain, save_model
 
 from hispec.bench import adadecode, lookahead, roster
 from hispec.bench.methods import Engine, Question
+from hispec.errors import UsageError
 from hispec.generation import LM
 from hispec.hierarchy import HD, Hierarchy, Level
 from hispec.loading import load
@@ -96,6 +98,14 @@ def test_adadecode_runs_fewer_passes_and_no_layer_twice(
     assert found.layer_visits == found.committed * echo.model.config.num_layers
     monkeypatch.setattr(adadecode.AdaDecoder, "threshold", 1.1)  # never sure: plain decoding
     assert method(echo, "adadecode")(Question(PROMPTS[2], 9)).passes == 8
+
+
+def test_adadecode_leaves_at_every_exit_but_0(lm: LM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm, "exits", SimpleNamespace(exit_layers=(0, 2, 4)))
+    assert adadecode.exits(lm).exit_layers == (2, 4)
+    monkeypatch.setattr(lm, "exits", SimpleNamespace(exit_layers=(0,)))
+    with pytest.raises(UsageError, match="at least 1, and this model has exit 0 alone"):
+        adadecode.exits(lm)
 
 
 def test_the_lookahead_branch_is_the_papers_pattern() -> None:

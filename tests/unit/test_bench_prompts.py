@@ -51,6 +51,11 @@ def test_every_form_of_a_line(tmp_path: Path) -> None:
     assert nested.references == ()
 
 
+def test_both_halves_of_a_pair_are_a_character(tmp_path: Path) -> None:
+    (prompt,) = read_jsonl(write(tmp_path / "p.jsonl", r'{"prompt": "\ud83d\ude00"}'))
+    assert prompt.turns == ("😀",)
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
@@ -62,6 +67,15 @@ def test_every_form_of_a_line(tmp_path: Path) -> None:
         ('{"turns": []}', r"line 2: turns should be a list"),
         ('{"turns": ["a", 3]}', r"line 2: turns should be texts"),
         ('{"messages": [{"role": "user"}]}', r"line 2: a message has role and content"),
+        (
+            '{"messages": [{"role": "user", "content": null}]}',
+            r"line 2: role and content should be texts",
+        ),
+        ('{"messages": [{"role": 1, "content": "a"}]}', r"line 2: role and content should be"),
+        (r'{"prompt": "a \ud83d"}', r"line 2: a text has \\ud83d, half of a surrogate pair"),
+        (r'{"turns": ["a", "\udE00 b"]}', r"line 2: a text has \\ude00, half of"),
+        (r'{"messages": [{"role": "user", "content": "\ud83d"}]}', r"line 2: a text has \\ud83d"),
+        (r'{"prompt": "a", "category": "\ud83d"}', r"line 2: a text has \\ud83d"),
         ('{"prompt_ids": [1, "a"]}', r"line 2: prompt_ids should be whole numbers"),
         ('{"prompt": "a", "id": "1"}', r"line 2: id 1 is already line 1's"),
     ],
@@ -148,3 +162,13 @@ def test_a_preset_on_other_data_says_so(tmp_path: Path) -> None:
         load_prompts(f"gsm8k={write(tmp_path / 'rows.jsonl', ROWS['xsum'])}")
     with pytest.raises(UsageError, match="neither a folder nor a file"):
         load_prompts(f"gsm8k={tmp_path / 'none'}")
+
+
+def test_a_damaged_gzip_is_one_sentence(tmp_path: Path) -> None:
+    file = tmp_path / "damaged.jsonl.gz"
+    text = "".join(f'{{"prompt": "{number}"}}\n' for number in range(2000))
+    data = bytearray(gzip.compress(text.encode(), mtime=0))
+    data[12:16] = b"\xff\xff\xff\xff"
+    file.write_bytes(data)
+    with pytest.raises(UsageError, match="cannot read"):
+        load_prompts(str(file))

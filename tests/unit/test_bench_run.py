@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from helpers.bench import PROMPTS, FakeMethod, save_agreeing_llama, write_prompts
 
-from hispec.bench import markdown, page, roster, rouge
+from hispec.bench import compare, markdown, page, roster, rouge, sweep
 from hispec.bench.folder import RunFolder
 from hispec.bench.methods import Question, Workbench
 from hispec.bench.progress import Progress, clock_time
@@ -54,8 +54,8 @@ def prepare(
     methods = [methods[0], methods[-1], *add(methods[0])]
     prompts = load_prompts(str(write_prompts(tmp_path / "prompts.jsonl", rows)))
     plan = Plan(prompts, **{"max_new_tokens": 8, "repeats": 2, **options})
-    folder = RunFolder.create(tmp_path / "run", plan.settings(lm, methods), PROVENANCE)
-    return Run(plan, folder, bench, methods)
+    with RunFolder.create(tmp_path / "run", plan.settings(lm, methods), PROVENANCE) as folder:
+        return Run(plan, folder, bench, methods)
 
 
 PROVENANCE = {
@@ -186,14 +186,43 @@ def test_a_planted_slow_down_shows_and_plain_decoding_equals_itself(lm: LM, tmp_
     run()
     document = summarize(run.folder)
     same, slow = document["methods"]["same"], document["methods"]["slow"]
-    ar = document["methods"]["ar"]
-    assert ar["speedup"] == 1.0 and ar["speedup_low"] <= 1.0 <= ar["speedup_high"]
     assert same["speedup"] == pytest.approx(1.0)
     assert slow["speedup"] == pytest.approx(1 / 1.1)
     assert slow["speedup_high"] < 0.95
     assert document["drift"]["ratio"] == pytest.approx(1.0)
     assert slow["by_category"]["a"]["speedup"] == pytest.approx(1 / 1.1)
     assert document["baseline"] == "ar"
+
+
+def test_the_baseline_is_1_and_drift_is_told_by_itself(lm: LM, tmp_path: Path) -> None:
+    """Plain decoding is a quarter slower whenever it comes last in its block."""
+    rows = [{"id": str(i), "prompt_ids": [5 + i, 6, 7], "category": "ab"[i % 2]} for i in range(8)]
+    run = prepare(lm, tmp_path, rows=rows)
+    run()
+    for row in run.folder.rows:
+        row["decode_s"] *= 1.25 if row["place"] == row["of"] - 1 else 1.0
+    document = summarize(run.folder)
+    ar = document["methods"]["ar"]
+    for entry in (ar, *ar["by_category"].values()):
+        for key in ("speedup", "total_speedup"):
+            assert (entry[key], entry[f"{key}_low"], entry[f"{key}_high"]) == (1.0, None, None)
+    drift = document["drift"]
+    assert drift["ratio"] == pytest.approx(0.8)
+    assert drift["ratio_low"] <= drift["ratio"] <= drift["ratio_high"] < 1
+    text = markdown.render(document)
+    assert "Drift (`ar` first over `ar` last): 0.80 [0.80, 0.80]: **the machine was not" in text
+    assert markdown.method_rows(document)[1][0][:3] == ["ar", "1.00", "1.00"]
+
+
+def test_both_turns_of_a_conversation_count_as_one_prompt(lm: LM, tmp_path: Path) -> None:
+    run = prepare(lm, tmp_path, lambda ar: [FakeMethod("slow", ar, factor=1.1)], rows=PROMPTS[:1])
+    run()
+    document = summarize(run.folder)
+    slow = document["methods"]["slow"]
+    assert slow["prompts"] == 2, "two answers"
+    assert slow["speedup"] == pytest.approx(1 / 1.1)
+    assert slow["speedup_low"] is None and slow["total_speedup_low"] is None
+    assert document["drift"]["ratio_low"] is None
 
 
 def test_a_decoded_token_counts_the_same_in_every_arm(lm: LM, tmp_path: Path) -> None:
@@ -258,10 +287,12 @@ def test_settings_that_matter_are_part_of_the_run(lm: LM, tmp_path: Path) -> Non
     run = prepare(lm, tmp_path)
     for changes in ({"max_new_tokens": 9}, {"repeats": 3}, {"raw": True}):
         plan = dataclasses.replace(run.plan, **changes)
-        with pytest.raises(UsageError, match="holds another run"):
-            RunFolder.create(tmp_path / "run", plan.settings(lm, run.methods), {})
-    with pytest.raises(UsageError, match="its methods"):
-        RunFolder.create(tmp_path / "run", run.plan.settings(lm, run.methods[:1]), {})
+        other = RunFolder.create(tmp_path / "run", plan.settings(lm, run.methods), {})
+        with pytest.raises(UsageError, match="holds another run"), other:
+            pass
+    other = RunFolder.create(tmp_path / "run", run.plan.settings(lm, run.methods[:1]), {})
+    with pytest.raises(UsageError, match="its methods"), other:
+        pass
     with pytest.raises(UsageError, match="--repeats must be at least 1, got 0"):
         Plan(run.plan.prompts, repeats=0)
 
@@ -321,6 +352,44 @@ def test_the_page_needs_nothing_else_and_escapes_what_it_shows(finished: RunFold
         assert title in html
     assert html.count('class="token') >= 30
     assert 'class="token exit' in html and 'class="token target' in html
+
+
+def test_speed_ups_with_prefill_stand_beside_the_others(
+    finished: RunFolder, tmp_path: Path
+) -> None:
+    document = write_report(finished)
+    best = document["methods"]["hispec"]
+    headline = page.render(document, finished.rows).split('class="best">')[1].split("</p>")[0]
+    assert f"({best['total_speedup']:.2f}x with prefill)" in headline
+    write_comparison([finished, finished], tmp_path)
+    for name in ("comparison.md", "comparison.html"):
+        assert f"{best['total_speedup']:.2f} with prefill" in (tmp_path / name).read_text()
+    chosen = {"hispec": TWO_LEVELS.to_json(), "auto": {"name": "ar", "levels": []}}
+    grid = {"2x2-4x4": TWO_LEVELS}
+    renamed = {"ar": document["methods"]["ar"], "2x2-4x4": best}
+    found = {**document, "methods": renamed}
+    html = sweep.render(found, grid, found, chosen)
+    assert "<th>with prefill</th>" in html and f"<td>{best['total_speedup']:.2f}</td>" in html
+
+
+def test_other_weights_are_told_wherever_the_row_stands(
+    finished: RunFolder, tmp_path: Path
+) -> None:
+    document = write_report(finished)
+    document["methods"]["llama-cpp"] = document["methods"].pop("hispec")
+    document["settings"] = {**document["settings"]}
+    document["settings"]["methods"] = {"ar": {}, "llama-cpp": {"gguf": "a/M-Q8_0/m.q4_k_m.gguf"}}
+    told = "llama-cpp (4-bit weights, Q4_K_M)"
+    assert markdown.render(document).count(f"| {told} ") == 2  # all answers, and by category
+    assert page.render(document, []).count(f">{told}<") >= 4  # each with its bar
+    assert f"| {told} " in compare.markdown({"a": document})
+    assert f"<h3>{told}</h3>" in compare.html({"a": document})
+    assert markdown.quantization("m.f16.gguf") == "the GGUF file's weights"
+
+
+def test_a_ratio_that_is_open_is_not_written_out() -> None:
+    entry = {"speedup": 0.5, "speedup_low": 0.001, "speedup_high": 7e4}
+    assert markdown.interval(entry, "speedup") == "0.50 [0.00, > 100]"
 
 
 def test_a_report_is_the_same_whenever_it_is_made(finished: RunFolder) -> None:

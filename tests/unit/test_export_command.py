@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +88,52 @@ def test_what_is_written(exported: Path, tmp_path: Path, capsys) -> None:
     assert "hispec" in capsys.readouterr().err
     assert not (tmp_path / "x").exists() and not list(tmp_path.glob("*.part"))
     assert json.loads((exported / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_the_folder_one_stands_in(exported: Path, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["export", "--model", str(tmp_path / "model"), "--out", ".", "--no-weights"]) == 0
+    assert sorted(file.name for file in Path().iterdir()) == ["README.md", "custom_generate"]
+    assert "# here\n" in Path("README.md").read_text()
+
+
+def test_what_lies_beside_it_stays(exported: Path, tmp_path: Path) -> None:
+    (tmp_path / "new.part").mkdir()
+    (tmp_path / "new.part" / "mine").write_text("kept")
+    command = ["export", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "new")]
+    (tmp_path / "exits" / "work").mkdir()  # what hispec train leaves there is no part of exits
+    assert main([*command, "--no-weights", "--exits", str(tmp_path / "exits")]) == 0
+    assert (tmp_path / "new.part" / "mine").read_text() == "kept"
+    names = {file.name for file in (tmp_path / "new" / "exits").iterdir()}
+    assert names == {"config.json", "exit_2.safetensors"}
+
+
+def test_errors_name_what_could_not_be_read_or_written(
+    exported: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    command = ["export", "--model", str(tmp_path / "model"), "--out", str(tmp_path / "new")]
+    copyfile, config = shutil.copyfile, tmp_path / "model" / "config.json"
+
+    def unreadable(source: Path, to: Path) -> None:
+        if source == config:
+            raise PermissionError(errno.EACCES, "Permission denied", str(source))
+        copyfile(source, to)
+
+    def full(source: Path, to: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(source), None, str(to))
+
+    for copy, words in [
+        (unreadable, f"hispec: cannot read {config}: Permission denied.\n"),
+        (full, f"hispec: cannot write {tmp_path / 'new'}: No space left on device.\n"),
+    ]:
+        monkeypatch.setattr(shutil, "copyfile", copy)
+        assert main(command) == 2
+        assert capsys.readouterr().err.endswith(words)
+    assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*"))
+    command[-1] = str(config / "new")
+    assert main(command) == 2
+    assert f"cannot write {config / 'new'}: Not a directory" in capsys.readouterr().err
 
 
 def test_in_a_pipeline(exported: Path) -> None:

@@ -40,10 +40,20 @@ def refusal(function, *args) -> str:
         (80, (10, 20)),
         (4, (1, 2)),
         (3, (1, 2)),
+        (2, (0, 1)),
+        (1, (0, 0)),
     ],
 )
 def test_an_eighth_and_a_quarter_rounded_half_up(num_layers: int, exits: tuple[int, int]) -> None:
     assert eighth_and_quarter(num_layers) == exits
+
+
+@pytest.mark.parametrize("num_layers", range(1, 130))
+def test_every_model_has_the_exits_of_the_presets(num_layers: int) -> None:
+    draft, check = eighth_and_quarter(num_layers)
+    assert 0 <= draft < check < num_layers or (draft, check, num_layers) == (0, 0, 1)
+    for name in PRESETS:
+        preset(name, num_layers)
 
 
 def test_presets() -> None:
@@ -218,3 +228,10 @@ def test_models_below_a_hierarchy() -> None:
     assert "model small (window 4) → model large (window 4) → exit 4" in str(below)
     below.check(30)
     assert "two levels are called model small" in refusal(below.over, ["c/small"])
+
+
+def test_a_tree_makes_room_for_models_below_it() -> None:
+    full = Hierarchy((), "tree", (("context", 12),), MAX_WIDTH - 1)
+    both = full.over(["a", "b"])
+    assert [level.model for level in both.levels] == ["a", "b"]
+    assert both.nodes + sum(level.window for level in both.levels) == MAX_WIDTH - 1

@@ -42,6 +42,12 @@ def test_public_names_are_listed_and_unknown_ones_refused() -> None:
         _ = hispec.genrate
 
 
+def test_modules_need_no_import_of_their_own() -> None:
+    assert "hf" in dir(hispec) and "hf" in hispec.__all__
+    # asked for by hand, as another test may have imported the module already
+    assert hispec.__getattr__("hf").generate_with is hispec.generate_with
+
+
 def test_exit_codes() -> None:
     assert (HispecError.exit_code, CheckpointError.exit_code, UsageError.exit_code) == (1, 1, 2)
     assert issubclass(UsageError, ValueError)  # so that callers of the API can catch it as one

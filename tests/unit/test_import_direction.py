@@ -28,8 +28,8 @@ RANKS = {
     "prompt": 3,
     "sources": 3,
     "tree": 3,
-    "odds": 3,
     "planner": 4,  # its tables are the shelf's, its replay is the engine's
+    "odds": 4,
     "drafter": 4,
     "engine": 4,
     "shelf": 5,

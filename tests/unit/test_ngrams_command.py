@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hispec.cli import main
@@ -16,8 +19,8 @@ from hispec.sources import build
 from hispec.sources.corpus import Corpus
 from hispec.sources.fingerprint import fingerprint
 from hispec.sources.history import History
-from hispec.sources.history_file import default_path
-from hispec.sources.recycle import Recycle, seed_from
+from hispec.sources.history_file import add_texts, default_path, reading, records_of, waiting
+from hispec.sources.ngrams import count
 from hispec.sources.store import Store
 
 ANSWERS = [{"prompt_ids": [9, 9, 9], "response_ids": [1, 2, 3, 4]} for _ in range(3)]
@@ -77,14 +80,110 @@ def test_history_joins_what_the_model_keeps(ngrams: Any, tiny_llama: Path, tmp_p
     assert {p.name for p in path.parent.iterdir()} == {path.name}
 
 
-def test_successors_seed_recycling(ngrams: Any, tmp_path: Path) -> None:
-    out = tmp_path / "successors"
-    rows = lines(tmp_path / "answers.jsonl", [*ANSWERS, {"response_ids": [1, 5]}])
-    assert ngrams("build", "--kind", "successors", "--out", out, "--data", rows)[0] == 0
-    source = Recycle(300, seed_from(Store(out), 300))
-    source.begin([1])
-    assert {c.tokens[0] for c in source.propose((), 8)} == {2, 5}
-    assert Recycle(4, seed_from(Store(out), 4))._seed.max() == 3
+def test_answers_of_generate(ngrams: Any, tiny_llama: Path, tmp_path: Path) -> None:
+    prompts = [{"turns": ["one", "and two"]}, {"prompt": ""}, {"prompt": "three"}]
+    source = lines(tmp_path / "prompts.jsonl", prompts)
+    for name, options in (
+        ("turns", []),
+        ("samples", ["--n", "2", "--temperature", "1", "--seed", "1"]),
+    ):
+        out = tmp_path / f"{name}.jsonl"
+        model = ["--model", str(tiny_llama), "--dtype", "fp32", "--device", "cpu"]
+        length = ["--min-new-tokens", "6", "--max-new-tokens", "6"]
+        main(["generate", *model, "--prompts", source, "--out", str(out), *length, *options])
+        assert f'"{name}": [' in out.read_text()
+    data = [tmp_path / "turns.jsonl", tmp_path / "samples.jsonl"]
+    for kind in ("history", "corpus"):
+        arguments = ["--kind", kind, "--least", "1", "--out", tmp_path / kind, "--json", "--data"]
+        code, said, error = ngrams("build", *arguments, *data)
+        facts = json.loads(said.splitlines()[-1])
+        assert code == 0, error
+        if kind == "history":  # a text of odd tokens may be empty
+            assert facts["num_texts"] == 3 + 2, "two turns and an answer, two samples"
+        # A prompt of turns has no samples yet, and an empty one never has.
+        assert "3 rows hold an error and were left out" in error
+
+
+def test_messages_without_content(ngrams: Any, tmp_path: Path) -> None:
+    messages = [{"role": "assistant", "content": None}, {"role": "assistant", "content": "yes"}]
+    rows = lines(tmp_path / "a.jsonl", [{"messages": messages}])
+    counted = {}
+    for name, text in (("a", rows), ("b", lines(tmp_path / "b.jsonl", [{"response": "\nyes"}]))):
+        assert (
+            ngrams("build", "--kind", "history", "--out", tmp_path / name, "--data", text)[0] == 0
+        )
+        counted[name] = Store(tmp_path / name).counts.keys.tolist()
+    assert counted["a"] == counted["b"]
+
+
+def test_merging_histories_replaces_what_was_there(ngrams: Any, tmp_path: Path) -> None:
+    for name, ids in (("a", [1, 2, 3]), ("b", [1, 2, 4]), ("c", [7, 8, 9])):
+        add_texts(tmp_path / name, "t", [ids])
+    out = tmp_path / "c"
+    for _ in range(2):
+        assert ngrams("merge", tmp_path / "a", tmp_path / "b", "--out", out)[0] == 0
+        with reading(out) as file:
+            assert waiting(file) == []
+            found = records_of(file)
+        wanted = count([[1, 2, 3], [1, 2, 4]])
+        assert all(map(np.array_equal, found, wanted))
+
+
+def test_histories_of_two_tokenizers_are_not_merged(ngrams: Any, tmp_path: Path) -> None:
+    for name in ("t", "u"):
+        add_texts(tmp_path / name, name, [[1, 2]])
+    code, _, said = ngrams("merge", tmp_path / "t", tmp_path / "u", "--out", tmp_path / "c")
+    assert code == 1 and "another tokenizer" in said and not (tmp_path / "c").exists()
+
+
+def test_a_folder_is_no_database(ngrams: Any, tmp_path: Path) -> None:
+    rows = lines(tmp_path / "answers.jsonl", ANSWERS)
+    assert ngrams("build", "--out", tmp_path / "a", "--data", rows, "--kind", "history")[0] == 0
+    (tmp_path / "out").mkdir()
+    build = ["build", "--kind", "history", "--data", tmp_path / "answers.jsonl"]
+    for arguments in (build, ["merge", tmp_path / "a"]):
+        code, _, said = ngrams(*arguments, "--out", tmp_path / "out")
+        assert code == 2 and "is a folder" in said and said.count("\n") == 1
+    assert not list(tmp_path.glob(".*")), "it was noticed after counting"
+
+
+def test_a_full_disk_is_one_sentence(
+    ngrams: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resource = pytest.importorskip("resource", reason="limits a file's size")
+    draw = random.Random(0)
+    data = [{"response_ids": [draw.randrange(200) for _ in range(3000)]}]
+    rows = lines(tmp_path / "answers.jsonl", data)
+    arguments = ["build", "--kind", "history", "--data", rows, "--out", tmp_path / "out"]
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for most in (4_000, 60_000):  # in a run, and in the store made of runs
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, limits[1]))
+        try:
+            code, _, said = ngrams(*arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert code == 1 and said.count("\n") == 1
+        assert f"{tmp_path / 'out'} cannot be written (File too large)" in said
+    code, _, said = ngrams(*arguments)
+    assert code == 0, said
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, limits[1]))
+    try:
+        code, _, said = ngrams("merge", tmp_path / "out", "--out", tmp_path / "merged")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 1 and "merged cannot be written (File too large)" in said
+
+
+def test_a_full_disk_asks_for_room(
+    ngrams: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(build, "count_each", full)
+    rows = lines(tmp_path / "answers.jsonl", ANSWERS)
+    code, _, said = ngrams("build", "--out", tmp_path / "out", "--data", rows, "--kind", "history")
+    assert code == 1 and "(No space left on device). Make room" in said
 
 
 def test_merging(ngrams: Any, tmp_path: Path) -> None:
@@ -132,6 +231,11 @@ def test_an_interrupted_build_goes_on(
         ({"--data": "bytes.txt"}, 2, "not UTF-8"),
         ({"--data": "broken.jsonl"}, 2, "line 2 is not JSON"),
         ({"--data": "fields.jsonl"}, 2, "has none of text"),
+        ({"--data": "plain.jsonl.gz"}, 2, "cannot read .*: Not a gzipped file"),
+        ({"--data": "torn.jsonl.gz"}, 2, "cannot read .*: Compressed file ended"),
+        ({"--data": "flipped.jsonl.gz"}, 2, "cannot read .*: Error -3"),
+        ({"--data": "flipped.txt.gz"}, 2, "cannot read .*: Error -3"),
+        ({"--kind": "successors"}, 2, "invalid choice"),
         ({"--data": "."}, 2, "is a folder"),
         ({"--longest": "9"}, 2, r"in \[1, 5\]"),
         ({"--least": "0"}, 2, "at least 1"),
@@ -156,6 +260,11 @@ def test_bad_input(
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text":\n')
     (tmp_path / "fields.jsonl").write_text('{"words": "a"}\n')
+    whole = gzip.compress(b'{"text": "some text"}\n' * 9)
+    (tmp_path / "plain.jsonl.gz").write_text('{"text": "a"}\n')
+    (tmp_path / "torn.jsonl.gz").write_bytes(whole[:-12])
+    for name in ("flipped.jsonl.gz", "flipped.txt.gz"):
+        (tmp_path / name).write_bytes(whole[:10] + b"\xff" + whole[11:])
     options = {"--data": "a.txt", "--out": "store"} | options
     found, _, said = ngrams("build", *(word for pair in options.items() for word in pair))
     assert found == code

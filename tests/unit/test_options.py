@@ -9,7 +9,9 @@ import pytest
 
 from hispec.arguments import sampling_of
 from hispec.cli import main
+from hispec.commands.options import aliases, model_path
 from hispec.errors import UsageError
+from hispec.model import adapter, bundled
 from hispec.sampling import Sampling, stream_seed
 
 
@@ -31,11 +33,14 @@ from hispec.sampling import Sampling, stream_seed
         (("--max-new-tokens", "0"), ("max_new_tokens", "at least 1")),
         (("--stop", ""), ("stop",)),
         (("--bad-word", ""), ("--bad-word",)),
+        (("--bad-word", "\udcff"), ("--bad-word", "UTF-8")),
+        (("--stop", "\udcff"), ("--stop", "UTF-8")),
         (("--n", "3"), ("--n 3", "temperature")),
         (("--n", "0", "--temperature", "1"), ("--n 0",)),
         (("--temprature", "1"), ("--temperature",)),
         (("--seed", "x"), ("--seed",)),
         (("--out", "x"), ("--out", "--prompts")),
+        (("--logprobs",), ("--logprobs", "--json")),
     ],
 )
 def test_command_line(arguments, words, capsys) -> None:
@@ -43,6 +48,14 @@ def test_command_line(arguments, words, capsys) -> None:
     said = capsys.readouterr().err
     assert all(word in said for word in words), said
     assert "/none" not in said, "the model was looked for first"
+
+
+def test_help_names_every_alias(capsys) -> None:
+    assert aliases() == [*bundled.MODELS, *adapter.SHIPPED]
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    words = capsys.readouterr().out.split()
+    assert len(aliases()) > 1 and set(aliases()) <= set(words)
 
 
 @pytest.mark.parametrize(
@@ -119,3 +132,12 @@ def test_a_bad_word_is_not_written(tiny_llama: Path, capsys) -> None:
     assert main([*base, "--bad-word", word]) == 0
     other = json.loads(capsys.readouterr().out)["text"]
     assert word in text and word not in other
+
+
+def test_a_model_that_is_a_folder_is_named_from_the_root(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "models" / "cut8").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert model_path("models/cut8") == str(tmp_path / "models" / "cut8")
+    assert model_path("someone/model") == "someone/model"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hispec.generation import LM
 from hispec.hierarchy import Hierarchy, Level
 from hispec.loading import load
 from hispec.model.checkpoint import open_checkpoint
+from hispec.model.exits import Exits
 from hispec.planner.plan import Plan, made_for, open_plan, saved_path
 
 PLANNED = Hierarchy((Level(2, 3),), "2x3")
@@ -29,7 +31,7 @@ def lm(folder: Path, cache_home: Path) -> LM:
 
 
 def planned(lm: LM, path: Path, **changes: object) -> Path:
-    Plan(PLANNED, {"made_for": {**made_for(lm), **changes}, "chosen": "2x3"}).save(path)
+    Plan(PLANNED, {"made_for": {**made_for(lm, PLANNED), **changes}, "chosen": "2x3"}).save(path)
     return path
 
 
@@ -56,6 +58,7 @@ def test_a_hierarchy_of_one_s_own_fits_anywhere(lm: LM, tmp_path: Path) -> None:
         ({"exits": "abc"}, "the exits (abc, here none)"),
         ({"machine": "a computer"}, "the machine (a computer, here "),
         ({"dtype": "fp16"}, "the dtype (fp16, here fp32)"),
+        ({"passes": "magic"}, "the kind of passes (magic, here "),
         ({"threads": 99}, "the number of threads (99, here "),
         ({"dtype": "fp16", "threads": 99}, "the dtype (fp16, here fp32), the number of threads"),
     ],
@@ -101,6 +104,31 @@ def test_a_damaged_saved_plan_is_no_obstacle(lm: LM, text: str, capsys) -> None:
     assert "It is ignored" in capsys.readouterr().err
 
 
+def test_a_saved_plan_whose_separate_model_is_gone_or_another_is_no_obstacle(
+    lm: LM, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    draft = save_model(tmp_path / "draft", "gqa")
+    below = Hierarchy((Level(0, 2, model=str(draft)),), "below")
+    Plan(below, {"made_for": made_for(lm, below)}).save(saved_path(lm))
+    assert open_lm(folder).hierarchy("auto") == below
+    shutil.rmtree(draft)
+    save_model(draft, "biases")
+    assert open_lm(folder).hierarchy("auto").name == "hd"
+    assert "the separate models (" in capsys.readouterr().err
+    shutil.rmtree(draft)
+    assert open_lm(folder).hierarchy("auto").name == "hd"
+    said = capsys.readouterr().err
+    assert str(draft) in said and "It is ignored" in said
+
+
+def test_every_dtype_has_a_plan_of_its_own(lm: LM, folder: Path) -> None:
+    planned(lm, saved_path(lm))
+    other = load(folder, dtype="bf16", device="cpu")
+    assert other.hierarchy("auto").name == "hd"
+    planned(other, saved_path(other))
+    assert open_lm(folder).hierarchy("auto") == PLANNED
+
+
 def test_exits_are_told_apart(folder: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(folder)
     first, second = (
@@ -108,4 +136,9 @@ def test_exits_are_told_apart(folder: Path, tmp_path: Path) -> None:
         for name, kind in (("a", "norm"), ("b", "affine reduced"))
     )
     assert first.fingerprint != second.fingerprint
+    weights = tmp_path / "a" / "exit_2.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert Exits.open(tmp_path / "a").fingerprint != first.fingerprint
     assert len(first.fingerprint) == 16

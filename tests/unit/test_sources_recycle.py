@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hispec.errors import UsageError
 from hispec.sources import GRADES, recycle
 from hispec.sources.growth import LEAST, grow
 from hispec.sources.recycle import DEPTH, WIDTH, Recycle
@@ -74,21 +73,12 @@ def test_table_of_pairs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert firsts(source)[0] == 1
 
 
-def test_seed_lies_under_observations_and_survives_a_reset() -> None:
-    seed = np.full((V, WIDTH), -1, np.int32)
-    seed[5, :2] = 6, 7
-    source = Recycle(V, seed)
+def test_a_reset_forgets() -> None:
+    source = Recycle(V)
     source.begin([5])
-    assert firsts(source) == [6, 7]
-    source.observe([5], np.array([row(8)]))
-    assert firsts(source)[0] == 8
+    source.observe([5], np.array([row(8)]), before=[4])
     source.reset()
-    assert firsts(source) == [6, 7]
-
-
-def test_seed_of_another_vocabulary_is_refused() -> None:
-    with pytest.raises(UsageError, match="this model needs"):
-        Recycle(V, np.zeros((V + 1, WIDTH), np.int32))
+    assert source.propose((), 4) == []
 
 
 def test_few_columns_and_budget_zero() -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hispec.errors import HispecError, UsageError
+from hispec.errors import UsageError
 from hispec.model.adapter import Adapter
 from hispec.model.checkpoint import Checkpoint
 from hispec_training import short_attention
@@ -229,14 +229,12 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """``folder`` holds the adapter in bf16, as peft reads it.
 
     Raises:
-        HispecError: The disk is full or the folder cannot be written.
+        OSError: The disk is full or the folder cannot be written.
+        SafetensorError: The same, met while the weights were written.
     """
     from peft import get_peft_model_state_dict
 
     state = {k: v.to(torch.bfloat16) for k, v in get_peft_model_state_dict(model).items()}
-    try:
-        model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
-        # safetensors writes 0600, which a package should not ship
-        os.chmod(folder / "adapter_model.safetensors", 0o644)
-    except OSError as error:
-        raise HispecError(f"Cannot write {folder}: {error.strerror or error}.") from error
+    model.save_pretrained(str(folder), state_dict=state, safe_serialization=True)
+    # safetensors writes 0600, which a package should not ship
+    os.chmod(folder / "adapter_model.safetensors", 0o644)

@@ -25,16 +25,16 @@ class ShardFolder:
     """The work folder of one run: its provenance and the shards that are finished.
 
     Args:
-        path: The folder.
+        out: The file that gets the shards in the end; the folder lies beside it.
         rows: The whole plan.
         shard_rows: Rows of a shard.
         fingerprint: Of the model, if what it said is kept beside its answers.
     """
 
     def __init__(
-        self, path: Path, rows: Sequence[Row], shard_rows: int, fingerprint: str | None = None
+        self, out: Path, rows: Sequence[Row], shard_rows: int, fingerprint: str | None = None
     ) -> None:
-        self.path = path
+        self.out, self.path = out, shards_of(out)
         self.shards = [rows[i : i + shard_rows] for i in range(0, len(rows), shard_rows)]
         self.fingerprint = fingerprint
 
@@ -47,25 +47,33 @@ class ShardFolder:
         return self.file(index).with_suffix(".safetensors")
 
     def open(self, provenance: dict[str, Any], *, resume: bool) -> None:
-        """The folder exists and belongs to this plan.
+        """The folder exists and belongs to this plan, and so does ``out`` if it is there.
 
         Raises:
-            UsageError: It exists and ``resume`` is not set, or it belongs to other settings.
-            HispecError: It cannot be written.
+            UsageError: One exists and ``resume`` is not set, or it belongs to other settings, or
+                ``out`` is none of ours.
+            HispecError: The folder cannot be written.
         """
-        stamp = self.path / "provenance.json"
-        if stamp.exists():
+        stamp, beside = self.path / "provenance.json", _beside(self.out)
+        place, known = (self.path, stamp) if stamp.exists() else (self.out, beside)
+        if place.exists() and known.exists():
             if not resume:
                 raise UsageError(
-                    f"{self.path} holds an earlier run: continue it with --resume, or remove it."
+                    f"{place} holds an earlier run: continue it with --resume, or remove it."
                 )
-            before = json.loads(stamp.read_text())["run"]
+            before = json.loads(known.read_text())["run"]
             now = json.loads(json.dumps(provenance["run"]))
             if changed := sorted(k for k in before.keys() | now if before.get(k) != now.get(k)):
                 raise UsageError(
-                    f"{self.path} was made with other settings ({', '.join(changed)} differ): use "
+                    f"{place} was made with other settings ({', '.join(changed)} differ): use "
                     "the same ones, or another --out."
                 )
+        elif self.out.exists():
+            raise UsageError(
+                f"{self.out} is there and no run of hispec distill made it: give another --out, or "
+                "remove it."
+            )
+        if stamp.exists():
             return
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -118,12 +126,18 @@ class ShardFolder:
         ]
         write_atomically(self.file(index), "".join(line + "\n" for line in lines))
 
-    def merge(self, out: Path) -> None:
-        """``out`` holds the shards that are there, in order, and its provenance lies beside it."""
+    def merge(self, *, stopped: bool = False) -> None:
+        """``out`` holds the shards that are there, in order, and its provenance lies beside it.
+
+        Args:
+            stopped: The run did not end by itself: ``out`` is left alone if it would not grow.
+        """
         parts = [self.file(i) for i in range(len(self.shards)) if self.file(i).exists()]
-        write_atomically(out, "".join(part.read_text() for part in parts))
-        stamp = (self.path / "provenance.json").read_text()
-        write_atomically(out.with_name(out.name + ".provenance.json"), stamp)
+        text = "".join(part.read_text() for part in parts)
+        if stopped and len(text) <= (self.out.stat().st_size if self.out.exists() else 0):
+            return
+        write_atomically(self.out, text)
+        write_atomically(_beside(self.out), (self.path / "provenance.json").read_text())
 
 
 def read_distilled(path: Path) -> Iterator[dict[str, Any]]:
@@ -149,3 +163,8 @@ def read_distilled(path: Path) -> Iterator[dict[str, Any]]:
 def shards_of(out: Path) -> Path:
     """Returns the work folder of a run with that output."""
     return out.with_name(out.name + ".shards")
+
+
+def _beside(out: Path) -> Path:
+    """The provenance of a finished file."""
+    return out.with_name(out.name + ".provenance.json")

@@ -221,6 +221,20 @@ def prompt_text(record: Record) -> str:
     return "\n".join(m["content"] for m in record.messages if m["role"] == "user")
 
 
+def first_row(source: str | Path) -> Mapping[str, Any] | None:
+    """Returns the first row of a file, or None for a ``datasets`` id.
+
+    Raises:
+        DataError: No such file, it cannot be read, or it holds no row.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and not _looks_local(source):
+        return None
+    for _, row in _file_rows(path):
+        return row
+    raise DataError(f"{source} is empty: nothing to train on.")
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yields line numbers from 1 and the objects of a JSON-lines file, gzipped or not.
 

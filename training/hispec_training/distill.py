@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hispec.errors import UsageError
-from hispec_training.answers import ShardFolder, shards_of
+from hispec_training.answers import ShardFolder
 from hispec_training.data import DataError, Overlap, Record, prompt_text, read_records
 from hispec_training.options import check_at_least_one, check_share, exit_layers, run, say
 from hispec_training.plan import Row, plan_rows
@@ -86,8 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on with a run that was stopped")
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace, *, partial: bool = True) -> int:
     """The continuations are in ``args.out``; returns the exit code.
+
+    Args:
+        args: See `add_arguments`.
+        partial: Whether a run that is stopped leaves what there is in ``args.out``. Otherwise the
+            file is there only once the run has ended, by ``--minutes`` too.
 
     Raises:
         HispecError: Bad options or data, or the disk is full.
@@ -127,16 +132,19 @@ def main(args: argparse.Namespace) -> int:
         num_layers = checkpoint.config.num_layers
         layers = [e for e in (*exit_layers(args.states, num_layers), num_layers) if e]
     folder = ShardFolder(
-        shards_of(args.out), rows, args.shard_rows, checkpoint.fingerprint if layers else None
+        args.out, rows, args.shard_rows, checkpoint.fingerprint if layers else None
     )
     folder.open(_provenance(args, checkpoint.fingerprint, rows, layers), resume=args.resume)
     todo = [i for i in range(len(folder.shards)) if not folder.is_whole(i)]
     say(f"{len(rows)} prompts in {len(folder.shards)} shards, {len(todo)} to do")
+    ended = False
     try:
         if todo:
             _decode(args, checkpoint, folder, todo, layers)
+        ended = True
     finally:
-        folder.merge(args.out)  # stopped half-way, what is there can be used
+        if ended or partial:
+            folder.merge(stopped=not ended)
     return 0
 
 
@@ -227,6 +235,13 @@ def _check(args: argparse.Namespace) -> None:
     check_share(args, ("sampled_fraction",))
     if bad := [t for t in args.temperatures if t <= 0]:
         raise UsageError(f"--temperatures must be above 0, got {bad[0]}.")
+    for name in (*args.prompts, *args.exclude):
+        if Path(name).expanduser().resolve() == args.out.resolve():
+            raise UsageError(
+                f"--out {args.out} is the file the prompts are read from: give another."
+                if name in args.prompts
+                else f"--out {args.out} is the file to keep out (--exclude): give another."
+            )
 
 
 def _read_prompts(args: argparse.Namespace) -> tuple[list[Record], Counter[str]]:

@@ -114,6 +114,7 @@ class TrainedExits(nn.Module):
 
         Raises:
             OSError: If the disk is full or the folder cannot be written.
+            SafetensorError: The same, met while the weights were written.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,9 +128,12 @@ class TrainedExits(nn.Module):
                 tensors["vocab_ids"] = ids.cpu().int()
             tensors = {n: x.contiguous() for n, x in sorted(tensors.items())}
             temporary = folder / f".exit_{name}.part"
-            save_file(tensors, temporary, {"format": "pt"})
-            os.chmod(temporary, 0o644)  # safetensors writes 0600, which a package should not ship
-            os.replace(temporary, folder / f"exit_{name}.safetensors")
+            try:
+                save_file(tensors, temporary, {"format": "pt"})
+                os.chmod(temporary, 0o644)  # safetensors writes 0600, no good in a package
+                os.replace(temporary, folder / f"exit_{name}.safetensors")
+            finally:
+                temporary.unlink(missing_ok=True)
         _replace(folder / "README.md", model_card(self.record))
         # last: a folder without it holds no exits
         _replace(folder / "config.json", json.dumps(self.record, indent=2) + "\n")

@@ -14,7 +14,6 @@ data-parallel.
 from __future__ import annotations
 
 import argparse
-import gzip
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -69,18 +68,13 @@ def main(args: argparse.Namespace) -> int:
         HispecError: Bad options or data, a full disk, or a loss that is not a number.
     """
     _check(args)
-    try:
-        import peft  # noqa: F401
-    except ImportError as error:
-        raise UsageError(
-            f"lora mode needs the package {error.name}: pip install 'hispec[train]'."
-        ) from error
     import torch
 
     from hispec.model.adapter import Adapter
     from hispec.model.checkpoint import open_checkpoint
     from hispec_training.adapt import LoraTrainer
     from hispec_training.adapter import LoraShape, Student, add_lora, save_adapter, start_from
+    from hispec_training.files import saving
     from hispec_training.prepare import prepare
     from hispec_training.report import make_accelerator, reported
 
@@ -122,7 +116,8 @@ def main(args: argparse.Namespace) -> int:
             say(f"{len(cache):,} texts, {recipe.steps} steps; {count:,} parameters")
         history = trainer.run()
     if accelerator.is_main_process:
-        save_adapter(student.model, args.out)
+        with saving(args.out):
+            save_adapter(student.model, args.out)
         finish(args, checkpoint, exits, held_out, _facts(trainer.recipe, cache, history), history)
     accelerator.wait_for_everyone()
     return 0
@@ -176,12 +171,13 @@ def finish(
     """
     from hispec.model.adapter import Adapter, merge
     from hispec.model.checkpoint import open_checkpoint
-    from hispec_training.files import write_atomically
+    from hispec_training.files import saving, write_atomically
     from hispec_training.report import write_report
 
     folder = args.out / "merged"
-    folder.mkdir(exist_ok=True)
-    merge(Adapter.open(args.out), checkpoint, folder)
+    with saving(folder):
+        folder.mkdir(exist_ok=True)
+        merge(Adapter.open(args.out), checkpoint, folder)
     merged = open_checkpoint(folder)
     quality = compare(
         checkpoint,
@@ -201,7 +197,8 @@ def finish(
         history.losses[number] = dict(filled)
     known = [row for row in history.losses if all(f"loss_{e}" in row for e in exits)]
     history.losses[:] = known or history.losses[:0]
-    write_report(args.out / "report", history, {})
+    with saving(args.out / "report"):
+        write_report(args.out / "report", history, {})
     say(f"adapter in {args.out}, merged checkpoint in {folder}")
     for line in summary(quality):
         say(line)
@@ -276,11 +273,11 @@ def read_text(path: Path, checkpoint: Checkpoint) -> list[int]:
     Raises:
         UsageError: It cannot be read or holds fewer than two tokens.
     """
-    opener = gzip.open if path.suffix == ".gz" else open
+    from hispec_training.files import read_bytes
+
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            text = file.read()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+        text = read_bytes(path).decode()
+    except UnicodeDecodeError as error:
         raise UsageError(f"Cannot read the text {path}: {error}.") from error
     ids = checkpoint.tokenizer(text, verbose=False)["input_ids"]
     if len(ids) < 2:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -12,6 +13,17 @@ from hispec.errors import HispecError, UsageError
 def say(line: str) -> None:
     """The line is on stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def require(packages: Iterable[str]) -> None:
+    """Raises ``UsageError`` if one of these packages, which training needs, is not installed."""
+    for name in packages:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise UsageError(
+                f"training needs the package {error.name or name}: pip install 'hispec[train]'."
+            ) from error
 
 
 def check_at_least_one(args: argparse.Namespace, names: Iterable[str]) -> None:

@@ -7,6 +7,7 @@ that the frozen layers run once; on a GPU they are computed anew for every batch
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -27,7 +28,8 @@ def prepare(
 ) -> tuple[Texts, Texts | None]:
     """Returns the training and the held-out texts; what is there and whole is not made again.
 
-    Without ``--held-out``, every 50th text (at least one, at most 200) is held out.
+    Without ``--held-out``, every 50th text (at least one, at most 200) is held out. All files are
+    looked at before the model answers a prompt.
 
     Args:
         args: Of ``hispec train``.
@@ -35,15 +37,29 @@ def prepare(
         layers: Whose states are wanted, ascending, L last.
         work: For the files made on the way.
         loud: Whether this process says what it does.
+
+    Raises:
+        HispecError: A file cannot be read or holds nothing to use, or the disk is full.
     """
+    from hispec_training.data import first_row
     from hispec_training.shards import read_examples
 
     kept = [e for e in layers if e > 0]  # before the first layer, states are looked up
-    files = [_answered(args, Path(name), i, work, kept) for i, name in enumerate(args.data)]
-    read = [read_examples([file], args.max_length) for file in files]
+    firsts = [first_row(name) for name in args.data]
     aside: list[Example] = []
     if args.held_out:
-        aside, _ = read_examples([Path(name) for name in args.held_out], args.max_length)
+        paths = [Path(name).expanduser() for name in args.held_out]
+        aside, _ = read_examples(paths, args.max_length)
+    files = []
+    for number, (name, first) in enumerate(zip(args.data, firsts, strict=True)):
+        path = Path(name).expanduser()
+        if first is not None and "response_ids" in first:
+            files.append(path)
+        elif args.use_responses:
+            files.append(_tokenized(checkpoint, name, work / f"tokenized-{number}.jsonl"))
+        else:
+            files.append(_answered(args, checkpoint, path, work, kept))
+    read = [read_examples([file], args.max_length) for file in files]
     if loud:
         counts = sum((Counter(count) for _, count in read), Counter[str]())
         say(", ".join(f"{n:,} {what}" for what, n in counts.items()))
@@ -147,24 +163,23 @@ def _cached(
 
 
 def _answered(
-    args: argparse.Namespace, path: Path, index: int, work: Path, layers: list[int]
+    args: argparse.Namespace, checkpoint: Checkpoint, path: Path, work: Path, layers: list[int]
 ) -> Path:
-    """The file itself if it holds tokenized answers, else one that does, made now."""
+    """A file of the model's answers to prompts: one that a run has finished, or made now.
+
+    Its name says what the answers depend on, so those to other prompts are never taken for them.
+    """
     import torch
 
     from hispec_training import distill
-    from hispec_training.data import read_jsonl
+    from hispec_training.answers import shards_of
 
-    if path.exists() and path.is_file():
-        first = next(read_jsonl(path), None)
-        if first is None:
-            raise UsageError(f"{path} is empty: nothing to train on.")
-        if "response_ids" in first[1]:
-            return path
-    work.mkdir(parents=True, exist_ok=True)
-    if args.use_responses:
-        return _tokenized(args.model, path, work / f"tokenized-{index}.jsonl")
-    out = work / f"distilled-{index}.jsonl"
+    is_file = path.is_file()
+    what = [path.name if is_file else str(path), checkpoint.fingerprint]
+    digest = hashlib.sha256(repr([*what, args.max_new_tokens, args.seed]).encode())
+    if is_file:
+        digest.update(path.read_bytes())
+    out = work / f"distilled-{digest.hexdigest()[:12]}.jsonl"
     if out.exists():
         return out
     parser = argparse.ArgumentParser()
@@ -172,35 +187,33 @@ def _answered(
     given = ["--model", args.model, "--prompts", str(path), "--out", str(out), "--resume"]
     given += ["--max-new-tokens", str(args.max_new_tokens), "--seed", str(args.seed)]
     if torch.cuda.is_available():
-        rows = _rows_that_fit(args)
+        stamp = shards_of(out) / "provenance.json"  # a run goes on with as many as it began with
+        begun = json.loads(stamp.read_text())["run"]["rows"] if stamp.exists() else None
+        rows = begun or _rows_that_fit(args, checkpoint)
         given += ["--device", "cuda", "--rows", str(rows), "--shard-rows", str(8 * rows)]
     if not recomputes(args) and args.cache_gb is None:  # the cache costs no pass of its own then
         given += ["--states", ",".join(map(str, layers[:-1])) or "0"]
     if args.distill_minutes is not None:
         given += ["--minutes", str(args.distill_minutes)]
-    distill.main(parser.parse_args(given))
+    distill.main(parser.parse_args(given), partial=False)
     return out
 
 
-def _rows_that_fit(args: argparse.Namespace) -> int:
+def _rows_that_fit(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
     """How many texts of a usual prompt's length a GPU's free memory holds, twice: caches grow."""
     import torch
 
-    from hispec.model.checkpoint import open_checkpoint
-
-    config = open_checkpoint(args.model).config
+    config = checkpoint.config
     token = 4 * config.num_layers * config.num_kv_heads * config.head_dim  # keys, values, 2 bytes
     free, _ = torch.cuda.mem_get_info()
     return max(8, min(1024, free // (3 * token * (512 + args.max_new_tokens))))
 
 
-def _tokenized(model: str, source: Path, out: Path) -> Path:
+def _tokenized(checkpoint: Checkpoint, source: str, out: Path) -> Path:
     """``out`` holds the source's own prompts and responses as token ids."""
-    from hispec.model.checkpoint import open_checkpoint
     from hispec_training.data import encode_prompt, read_records
     from hispec_training.files import write_atomically
 
-    checkpoint = open_checkpoint(model)
     lines = []
     for record in read_records(source).records:
         if record.response is None:

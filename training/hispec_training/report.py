@@ -100,6 +100,9 @@ def write_report(
         folder: Created.
         history: Of the run.
         acceptance: Table of each exit.
+
+    Raises:
+        OSError: The disk is full or the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = [*history.losses, *history.held_out]

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hispec.errors import HispecError, UsageError
+from hispec_training.files import read_bytes
 from hispec_training.shard_cache import ShardCache
 
 FORMAT = 1
@@ -66,19 +67,19 @@ def read_examples(files: Sequence[Path], max_length: int) -> tuple[list[Example]
     """The usable rows of distilled JSONL files, in file order.
 
     Args:
-        files: JSONL with ``prompt_ids`` and ``response_ids``.
+        files: JSONL with ``prompt_ids`` and ``response_ids``, gzipped or not.
         max_length: Tokens; longer texts are cut at their end, and counted.
 
     Returns:
         The examples, and counts: rows, truncated, skipped.
 
     Raises:
-        UsageError: If a row lacks the fields, or nothing usable is left.
+        UsageError: If a file cannot be read, a row lacks the fields, or nothing usable is left.
     """
     examples: list[Example] = []
     counts = {"rows": 0, "truncated": 0, "skipped": 0}
     for path in files:
-        lines = path.read_bytes().split(b"\n")
+        lines = read_bytes(path).split(b"\n")
         for number, line in enumerate(lines):
             if not line.strip():
                 continue

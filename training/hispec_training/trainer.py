@@ -27,6 +27,7 @@ from hispec_training.options import (
     check_not_negative,
     check_share,
     exit_layers,
+    require,
     run,
     say,
 )
@@ -109,6 +110,10 @@ def main(args: argparse.Namespace) -> int:
         HispecError: Bad options or data, a full disk, or a loss that is not a number.
     """
     _check(args)
+    _check_out(args)
+    lora_too = args.mode == "lora" or args.head == "lora"
+    # matplotlib draws the report, when all is trained
+    require(["accelerate", "matplotlib", *(["peft"] if lora_too else [])])
     if args.mode == "lora":
         from hispec_training import lora
 
@@ -124,6 +129,7 @@ def train_heads(args: argparse.Namespace) -> int:
     from hispec_training.checkpoints import CHECKPOINT
     from hispec_training.exits import Exits
     from hispec_training.export import TrainedExits, donor_of, load_into
+    from hispec_training.files import saving
     from hispec_training.least_squares import start_from_least_squares
     from hispec_training.loop import Trainer
     from hispec_training.prepare import prepare
@@ -164,8 +170,9 @@ def train_heads(args: argparse.Namespace) -> int:
         acceptance = measure(exits, held_out, recipe.autocast)
         facts = run_facts(args, cache, trainer.recipe, history.losses[-1]["seconds"])
         made = TrainedExits.from_training(exits, checkpoint, acceptance, training=facts)
-        made.save_pretrained(args.out)
-        write_report(args.out / "report", history, acceptance)
+        with saving(args.out):
+            made.save_pretrained(args.out)
+            write_report(args.out / "report", history, acceptance)
         say(f"exits in {args.out}, report in {args.out / 'report'}")
     accelerator.wait_for_everyone()
     return 0
@@ -254,8 +261,29 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--dropout must lie in [0, 1), got {args.dropout}.")
     if args.recompute and args.cache_gb is not None:
         raise UsageError("--cache-gb bounds states on disk, and --recompute keeps none: drop one.")
+
+
+def _check_out(args: argparse.Namespace) -> None:
+    """Raises ``UsageError`` if the run would write over a model, or over another run's files."""
     if args.out.exists() and not args.out.is_dir():
         raise UsageError(f"--out {args.out} is a file: give a folder.")
+    out, model = args.out.resolve(), Path(args.model).expanduser()
+    home = (model.parent if model.is_file() else model).resolve()
+    if home in (out, out / "merged"):
+        raise UsageError(
+            f"--out {args.out} is the folder of the model {args.model}, whose files would be "
+            "written over: give another."
+        )
+    if held := sorted(file.name for file in args.out.glob("model*.safetensors*")):
+        raise UsageError(
+            f"--out {args.out} holds a model ({held[0]}), whose files would be written over: give "
+            "another."
+        )
+    if args.start_from is not None and Path(args.start_from).expanduser().resolve() == out:
+        raise UsageError(
+            f"--start-from and --out are both {args.out}: give another --out, so that what the run "
+            "starts from outlives it."
+        )
     if (args.out / "work" / "checkpoint.pt").exists() and not args.resume:
         raise UsageError(
             f"{args.out} holds an earlier run: continue it with --resume, or give another --out."

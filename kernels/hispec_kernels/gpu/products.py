@@ -15,6 +15,9 @@ help matrices of few rows; by the matrix' shape it would be as exact, by the wid
 
 from __future__ import annotations
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -182,14 +185,10 @@ def blocks_for(weight: Tensor, rows: int) -> Blocks:
         return Blocks(BLOCK_N=128, BLOCK_K=min(128, _power(size)), num_warps=4, num_stages=1)
     narrow = 32 if rows >= 32 * 128 else 16  # about one program for each of 132 processors
     wide = min(256 if weight.dtype.itemsize == 2 else 64, _power(size))
-    room = _shared_memory(weight.device)
-    # A stage holds the columns' part of 32 rows of x, of the weights, and of the gate's beside.
-    stage = (2 * TILE + 2 * narrow) * weight.dtype.itemsize
-    stages = 4
-    while stages * stage * wide > room and wide > 32:
+    # Each stage but the one at work holds its piece of 32 rows of x, of W, and of the gate's twin.
+    piece, stages = (2 * TILE + 2 * narrow) * weight.dtype.itemsize, 4
+    while (stages - 1) * piece * wide > _shared_memory(weight.device):
         wide //= 2
-    while stages * stage * wide > room and stages > 1:
-        stages -= 1
     return Blocks(BLOCK_N=narrow, BLOCK_K=wide, num_warps=4, num_stages=stages)
 
 
