@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -43,8 +44,9 @@ CONFIG = ModelConfig(
 )
 
 
-def random_llama(dtype: torch.dtype) -> Llama:
+def random_llama(dtype: torch.dtype, max_positions: int = CONFIG.max_positions) -> Llama:
     """A random model whose last two layers change little, so that exits are often right."""
+    config = replace(CONFIG, max_positions=max_positions)
     exact_dots()
     draw = torch.Generator().manual_seed(0)
 
@@ -66,8 +68,8 @@ def random_llama(dtype: torch.dtype) -> Llama:
         for layer in range(3)
     ]
     words = Linear(noise(53, 32))
-    model = Llama(CONFIG, words, blocks, 1 + noise(32, std=0.1), words)
-    passes, why = gpu_passes(CONFIG, model.rotary, dtype, DEVICE, blocks[0])
+    model = Llama(config, words, blocks, 1 + noise(32, std=0.1), words)
+    passes, why = gpu_passes(config, model.rotary, dtype, DEVICE, blocks[0])
     assert passes is not None, why
     model.narrow, model.why_not_native = passes, ""
     return model

@@ -44,6 +44,27 @@ def test_states_are_the_references_whatever_the_widths(model: Llama) -> None:
 
 
 @torch.inference_mode()
+def test_a_second_tile_of_rows_changes_nothing(model: Llama) -> None:
+    start, x = 120, random_rows(20)
+    first = run(model, x, (20,), past_of(model, start), start)
+    assert torch.equal(run(model, x, (3, 17), past_of(model, start), start), first)
+
+
+@torch.inference_mode()
+def test_contexts_grow_from_bucket_to_bucket() -> None:
+    model = random_llama(torch.float32, max_positions=1200)
+    theirs = TorchPasses(model.config, model.rotary, model.dtype, DEVICE, exact=True)
+    ours, reference = past_of(model, 1100), past_of(model, 1100)
+    with replaying() as captured:
+        for start in (500, 700, 1100) * 2:  # in 4, 8 and all splits
+            x = random_rows(3, seed=start)
+            wanted = theirs.run(model.blocks, x, start, reference, 0)
+            found = model.run_layers(x, 0, 3, start, ours)
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    assert len(captured) == 3, "a graph a bucket"
+
+
+@torch.inference_mode()
 def test_ranges_of_layers_add_up(fp32: Llama) -> None:
     x = random_rows(5)
     wanted = run(fp32, x, (5,))
