@@ -76,7 +76,9 @@ def main() -> int:
         )
     print(f"{'':18}{'answers':>8}{args.against + ' over the best fixed':>30}{'counted':>10}")
     for record in records:
-        within = f"{record['ratio']:.3f} [{record['low']:.3f}, {record['high']:.3f}]"
+        within = f"{record['ratio']:.3f}"
+        if record["low"] is not None:  # one prompt says nothing about others
+            within += f" [{record['low']:.3f}, {record['high']:.3f}]"
         print(f"{record['category']:18}{record['answers']:8}{within:>30}{record['counted']:10.3f}")
     if args.out:
         provenance = {"run": args.run.name, **folder.provenance}
