@@ -10,7 +10,10 @@
 # OUT    gets the adapter, quality.json and OUT/merged, a plain Llama checkpoint
 #
 # Run again with the same arguments to go on after an interruption. The shipped adapter saw less
-# than this asks for; scripts/results/LOG.md has its run and the curve.
+# than this asks for, and went on with every text to the last layer, which kept the model better:
+#   hispec train … --start-from OUT --rank 64 --deep-rank 12 --batch-tokens 1536 \
+#     --keep 6 --keep-share 1 --keep-fraction 1 --lr 0.0004 --soft 0.7
+# scripts/results/LOG.md has both runs.
 set -euo pipefail
 [ $# -ge 4 ] || { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"

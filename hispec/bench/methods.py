@@ -51,7 +51,7 @@ class Outcome:
     Attributes:
         token_ids: emitted tokens, eos included.
         first: how many of them were out when prefill ended, at least 1.
-        prefill_s: from the call to the first token.
+        prefill_s: to the first token, opening databases included.
         decode_s: from there to the last.
         passes: full passes after prefill.
         committed: tokens those passes committed; more than were emitted where an eos cut the last.
