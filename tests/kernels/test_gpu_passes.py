@@ -55,6 +55,9 @@ def test_contexts_grow_from_bucket_to_bucket() -> None:
     model = random_llama(torch.float32, max_positions=1200)
     theirs = TorchPasses(model.config, model.rotary, model.dtype, DEVICE, exact=True)
     ours, reference = past_of(model, 1100), past_of(model, 1100)
+    passes = model.narrow
+    assert isinstance(passes, GpuPasses)
+    passes._graphs.on = True
     with replaying() as captured:
         for start in (500, 700, 1100) * 2:  # in 4, 8 and all splits
             x = random_rows(3, seed=start)
