@@ -15,7 +15,7 @@
 #     --keep 6 --keep-share 1 --keep-fraction 1 --lr 0.0004 --soft 0.7
 # scripts/results/LOG.md has both runs.
 set -euo pipefail
-[ $# -ge 4 ] || { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 4 ] || { sed -n '2,18s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 ensure_env test # with the training libraries
 data=$1 plain=$2 text=$3 out=$4
