@@ -1,81 +1,29 @@
-"""The run and what is made of its rows: order, failures, divergences, resuming, the report."""
+"""The run: order, failures, divergences, resuming."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.bench import PROMPTS, FakeMethod, save_agreeing_llama, write_prompts
+from helpers.bench import PROMPTS, FakeMethod, save_agreeing_llama
+from helpers.bench_runs import TWO_LEVELS, prepare
 
-from hispec.bench import compare, markdown, page, roster, rouge, sweep
+from hispec.bench import markdown, page, roster
 from hispec.bench.folder import RunFolder
 from hispec.bench.methods import Question, Workbench
-from hispec.bench.progress import Progress, clock_time
-from hispec.bench.prompts import load_prompts
-from hispec.bench.report import write_comparison, write_report
-from hispec.bench.run import Plan, Run, pieces
+from hispec.bench.run import Plan
 from hispec.bench.summary import summarize
 from hispec.errors import UsageError
 from hispec.generation import LM
-from hispec.hierarchy import Hierarchy, Level
 from hispec.loading import load
-
-TWO_LEVELS = Hierarchy((Level(2, 2), Level(4, 4)), "hispec")
 
 
 @pytest.fixture(scope="module")
 def lm(tmp_path_factory: pytest.TempPathFactory) -> LM:
     folder = save_agreeing_llama(tmp_path_factory.mktemp("agreeing") / "llama")
     return load(folder, dtype="fp32", device="cpu")
-
-
-class Steady:
-    """A clock that ticks once whenever it is read: every decode takes as long as any other."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        self.now += 1.0
-        return self.now
-
-
-def prepare(
-    lm: LM, tmp_path: Path, add: Callable[[Any], Sequence[Any]] = lambda ar: (), **options: Any
-) -> Run:
-    """A run of plain decoding, HiSpec, and what ``add`` makes of plain decoding."""
-    rows = options.pop("rows", None)
-    bench, methods = roster.engines(lm, {"hispec": TWO_LEVELS})
-    bench.clock = Steady()
-    methods = [methods[0], methods[-1], *add(methods[0])]
-    prompts = load_prompts(str(write_prompts(tmp_path / "prompts.jsonl", rows)))
-    plan = Plan(prompts, **{"max_new_tokens": 8, "repeats": 2, **options})
-    with RunFolder.create(tmp_path / "run", plan.settings(lm, methods), PROVENANCE) as folder:
-        return Run(plan, folder, bench, methods)
-
-
-PROVENANCE = {
-    "model": "tiny",
-    "layers": 6,
-    "dtype": "fp32",
-    "device": "cpu",
-    "cpu": "a <CPU>",
-    "threads": 1,
-    "torch": "2",
-    "transformers": "5",
-    "hispec": "0",
-    "commit": None,
-    "date": "2026-01-01T00:00:00",
-    "weight_bytes": 10**6,
-    "kv_bytes_per_token": 1000,
-    "read_gb_per_s": 10.0,
-    "passes": "torch",
-    "why_not_compiled": None,
-}
 
 
 def test_plain_decoding_comes_first_and_last_and_the_others_take_turns(
@@ -309,146 +257,3 @@ def test_a_questions_prefill_is_run_once(lm: LM, monkeypatch: pytest.MonkeyPatch
     methods[0](Question([5, 6, 7], 4))
     assert len(runs) == 2
     assert isinstance(bench, Workbench)
-
-
-# ---------------------------------------------------------------------- reports
-
-
-@pytest.fixture(scope="module")
-def finished(lm: LM, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    run = prepare(lm, tmp_path_factory.mktemp("finished"), max_new_tokens=30)
-    run()
-    return run.folder
-
-
-def test_the_document_has_what_the_command_promises(finished: RunFolder) -> None:
-    document = write_report(finished)
-    assert json.loads((finished.path / "report.json").read_text()) == json.loads(
-        json.dumps(document)
-    )
-    entry = document["methods"]["hispec"]
-    promised = (
-        "prompts mismatched_prompts speedup speedup_low speedup_high tok_per_s block_efficiency "
-        "acceptance_rate layer_visits_per_token by_category"
-    )
-    assert set(promised.split()) <= entry.keys()
-    assert entry["by_category"].keys() == {"chat", "maths"}
-    assert entry["by_category"]["maths"]["prompts"] == 2
-    assert document["methods"]["ar"]["layer_visits_per_token"] == 6
-    assert document["methods"]["ar"]["block_efficiency"] == 1
-    drafted = [level for level in entry["levels"] if level["drafted"]]
-    assert [level["name"] for level in drafted] == ["exit 2", "exit 4"]
-    assert all(sum(level["drafted_at"]) == level["drafted"] for level in drafted)
-    assert entry["acceptance_rate"] == drafted[1]["accepted"] / drafted[1]["drafted"]
-    assert "other" in entry["time_share"] and len(entry["time_share"]) == 4
-
-
-def test_the_page_needs_nothing_else_and_escapes_what_it_shows(finished: RunFolder) -> None:
-    write_report(finished)
-    html = (finished.path / "report.html").read_text()
-    assert "http" not in html and "src=" not in html and "<script" not in html
-    assert "a &lt;CPU&gt;" in html and "<CPU>" not in html
-    for title in ("Speed-up by category", "Acceptance by level", "Where the time goes"):
-        assert title in html
-    assert html.count('class="token') >= 30
-    assert 'class="token exit' in html and 'class="token target' in html
-
-
-def test_speed_ups_with_prefill_stand_beside_the_others(
-    finished: RunFolder, tmp_path: Path
-) -> None:
-    document = write_report(finished)
-    best = document["methods"]["hispec"]
-    headline = page.render(document, finished.rows).split('class="best">')[1].split("</p>")[0]
-    assert f"({best['total_speedup']:.2f}x with prefill)" in headline
-    write_comparison([finished, finished], tmp_path)
-    for name in ("comparison.md", "comparison.html"):
-        assert f"{best['total_speedup']:.2f} with prefill" in (tmp_path / name).read_text()
-    chosen = {"hispec": TWO_LEVELS.to_json(), "auto": {"name": "ar", "levels": []}}
-    grid = {"2x2-4x4": TWO_LEVELS}
-    renamed = {"ar": document["methods"]["ar"], "2x2-4x4": best}
-    found = {**document, "methods": renamed}
-    html = sweep.render(found, grid, found, chosen)
-    assert "<th>with prefill</th>" in html and f"<td>{best['total_speedup']:.2f}</td>" in html
-
-
-def test_other_weights_are_told_wherever_the_row_stands(
-    finished: RunFolder, tmp_path: Path
-) -> None:
-    document = write_report(finished)
-    document["methods"]["llama-cpp"] = document["methods"].pop("hispec")
-    document["settings"] = {**document["settings"]}
-    document["settings"]["methods"] = {"ar": {}, "llama-cpp": {"gguf": "a/M-Q8_0/m.q4_k_m.gguf"}}
-    told = "llama-cpp (4-bit weights, Q4_K_M)"
-    assert markdown.render(document).count(f"| {told} ") == 2  # all answers, and by category
-    assert page.render(document, []).count(f">{told}<") >= 4  # each with its bar
-    assert f"| {told} " in compare.markdown({"a": document})
-    assert f"<h3>{told}</h3>" in compare.html({"a": document})
-    assert markdown.quantization("m.f16.gguf") == "the GGUF file's weights"
-
-
-def test_a_ratio_that_is_open_is_not_written_out() -> None:
-    entry = {"speedup": 0.5, "speedup_low": 0.001, "speedup_high": 7e4}
-    assert markdown.interval(entry, "speedup") == "0.50 [0.00, > 100]"
-
-
-def test_a_report_is_the_same_whenever_it_is_made(finished: RunFolder) -> None:
-    write_report(finished)
-    before = (finished.path / "report.md").read_text(), (finished.path / "report.html").read_text()
-    write_report(RunFolder.open(finished.path))
-    after = (finished.path / "report.md").read_text(), (finished.path / "report.html").read_text()
-    assert before == after
-
-
-def test_runs_are_compared(finished: RunFolder, lm: LM, tmp_path: Path) -> None:
-    other = prepare(lm, tmp_path, lambda ar: [FakeMethod("new", ar)], repeats=1)
-    other()
-    documents = write_comparison([finished, other.folder], tmp_path / "out")
-    assert len(documents) == 2  # both folders are named run
-    text = (tmp_path / "out" / "comparison.md").read_text()
-    assert "| repeats" in text and "| new " in text
-    assert "http" not in (tmp_path / "out" / "comparison.html").read_text()
-
-
-def test_rouge_where_there_are_references(finished: RunFolder) -> None:
-    pytest.importorskip("rouge_score")
-    found = rouge.scores(finished.rows)
-    assert found["ar"] == found["hispec"]
-    assert found["ar"]["maths"]["n"] == 1
-
-
-def test_pieces_are_the_text(lm: LM) -> None:
-    ids = lm.encode("the café ∑ 🌍 the end", raw=True)
-    found = pieces(lm.tokenizer, ids)
-    assert len(found) == len(ids) and "".join(found) == "the café ∑ 🌍 the end"
-
-
-# ---------------------------------------------------------------------- progress
-
-
-def test_progress_is_for_terminals(capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(2) as progress:
-        progress.doing("a")
-        progress.advance()
-    assert capsys.readouterr() == ("", "")
-
-    class Terminal:
-        text = ""
-
-        def isatty(self) -> bool:
-            return True
-
-        def write(self, text: str) -> None:
-            self.text += text
-
-        def flush(self) -> None: ...
-
-    terminal = Terminal()
-    with Progress(4, done=2, stream=terminal) as progress:  # type: ignore[arg-type]
-        progress.doing("first")
-        progress.advance()
-        progress.doing("second")
-    assert "2/4  first" in terminal.text
-    assert "3/4  0 s left  second" in terminal.text
-    assert terminal.text.endswith("\r\033[K")
-    assert [clock_time(s) for s in (4, 89, 600, 7500)] == ["4 s", "89 s", "10 min", "2 h 05"]
