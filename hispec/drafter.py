@@ -106,6 +106,7 @@ class Drafter:
         self.wants_top = any(x.name == "recycle" for x, _, _ in self._sources)
         self._top = Offer()  # this round's proposals below the root
         self._asks = -1, False  # the node below which an exit was considered, and whether it runs
+        self._alone: set[int] = set()  # offers that the databases' own tree would have held
         self._misses = 0  # rounds in a row in which the databases knew nothing that stood
         self._sleep = 0  # rounds for which they are not asked
         self._awake = False  # whether they were asked in this one
@@ -157,7 +158,10 @@ class Drafter:
         seeds = [
             (value * offer.chance, offer) for offer in heirs if tree.child(tip, offer.token) is None
         ]
-        self._graft(tree, tip, place, self._choose(seeds, space, len(tree), least))
+        chosen, alone = self._choose(seeds, space, len(tree), least)
+        if tip == 0:
+            self._alone = alone
+        self._graft(tree, tip, place, chosen)
 
     def _place(self, path: Sequence[int]) -> Offer:
         """Returns where a path leads."""
@@ -276,7 +280,8 @@ class Drafter:
                 ]
         pick = places[end - first].children[ids[end - first][0]]
         newest = tree.append(pick.token, end, level, values[end] * pick.chance)
-        chosen = self._choose([seed for seed in seeds if seed[1] is not pick], space - 1, len(tree))
+        rest = [seed for seed in seeds if seed[1] is not pick]
+        chosen, _ = self._choose(rest, space - 1, len(tree))
         for node, place in enumerate(places, first):
             self._graft(tree, node, place, chosen)
         return newest
@@ -285,7 +290,7 @@ class Drafter:
 
     def _choose(
         self, seeds: Iterable[tuple[float, Offer]], space: int, width: int, least: float = 0.0
-    ) -> set[int]:
+    ) -> tuple[set[int], set[int]]:
         """Returns the ids of the offers worth their rows, of ``seeds`` (value, offer) and below.
 
         Args:
@@ -293,26 +298,29 @@ class Drafter:
             space: the most there may be.
             width: rows that are there.
             least: the least value.
+
+        Returns:
+            Those of at least that value, and all.
         """
         order = count()
         heap = [(-value, next(order), offer) for value, offer in seeds]
         heapq.heapify(heap)
         chosen: list[int] = []
-        gain, best, kept = 0.0, 0.0, 0
+        gain, best, kept, likely = 0.0, 0.0, 0, 0
         price = self.worth.prices(width)
         while heap and len(chosen) < space:
             value, _, offer = heapq.heappop(heap)
-            if -value < least:
-                break
             chosen.append(id(offer))
             gain -= value
             net = gain - price(len(chosen))
             if net > best:
                 best, kept = net, len(chosen)
+                if -value >= least:
+                    likely = kept
             if offer.children:
                 for heir in self._heirs(offer):
                     heapq.heappush(heap, (value * heir.chance, next(order), heir))
-        return set(chosen[:kept])
+        return set(chosen[:likely]), set(chosen[:kept])
 
     def _heirs(self, place: Offer) -> list[Offer]:
         """Returns what is proposed after a place, weighed; the likeliest alone in chains."""
@@ -346,15 +354,16 @@ class Drafter:
             origins: who drafted each, as in :class:`~hispec.tree.Tree`.
             width: rows of the target's pass.
         """
-        place, known = self._top, False
-        for token in tokens:
+        place, known, alone = self._top, False, 0
+        for depth, token in enumerate(tokens, 1):
             if place.voices:
                 self.odds.learn(place, token)
             if token not in place.children:
                 break
             place = place.children[token]
             known = known or bool(place.mask)
-        self._top = Offer()
+            if alone == depth - 1 and id(place) in self._alone:
+                alone = depth
         if self._sleep:
             self._sleep -= 1
         elif self._awake:
@@ -364,7 +373,8 @@ class Drafter:
         for origin in origins:
             if origin in self.counts:
                 self.counts[origin].accepted += 1
-        self.worth.passed(origins, width)
+        self.worth.passed(origins, width, alone, 1 + len(self._alone))
+        self._top, self._alone = Offer(), set()
         for source, _, _ in self._sources:
             started = time.perf_counter()
             source.commit(tokens)

@@ -4,9 +4,12 @@ Time is what drafting is paid in, and all of it has one price: the *rate*, the t
 time, a pass over one row, has yielded lately. Rows and exits that bring more than they cost at that
 price make the text faster, others slower (Dinkelbach's rule for a ratio of sums).
 
-An exit is judged by what its passes brought: the tokens committed from the first node on that is
-due to it. They are expected in proportion to the chance that it was asked for, that nobody else
-knows what comes next.
+An exit is judged by what its passes brought. What a round would have yielded without is known: the
+databases have proposed their own tree before an exit is asked, and where the text went is seen. So
+the lowest exit that ran brought the tokens beyond those of that tree, less what the rows of the
+tree that was run cost more than those of that one. A level above brought the tokens from the first
+node on that is due to it, which the one below is not paid for. They are expected in proportion to
+the chance that an exit was asked for, that nobody else knows what comes next.
 
     run the exit   ⇔   brought per chance · chance  >  rate · cost
 
@@ -24,7 +27,7 @@ from dataclasses import dataclass, field
 FIRST_RATE = 1.5
 FIRST_PASSES = 4.0
 #: What an exit is expected to bring before it was run, and what that guess counts for, in passes.
-FIRST_BROUGHT = 0.7
+FIRST_BROUGHT = 0.4
 FIRST_RUNS = 3.0
 #: The share of the time that goes to asking exits that seem not to pay.
 EXPLORED = 0.01
@@ -111,24 +114,29 @@ class Worth:
         self._runs.append((level, chance))
         return True
 
-    def passed(self, origins: Sequence[str], width: int) -> None:
+    def passed(
+        self, origins: Sequence[str], width: int, alone: int = 0, alone_width: int = 1
+    ) -> None:
         """Counts a round.
 
         Args:
             origins: who drafted each committed token; the last is the target's own.
             width: rows of the target's pass.
+            alone: how many of the committed tokens the databases' own tree held.
+            alone_width: its rows, the root included.
         """
         fade = 1.0 - 1.0 / MEMORY
-        due = ""
-        brought = dict.fromkeys((level for level, _ in self._runs), 0)
-        for origin in origins[:-1]:
-            due = origin if origin in brought else due
-            if due:
+        brought: dict[str, float] = dict.fromkeys((level for level, _ in self._runs), 0.0)
+        if brought:
+            lowest = due = next(iter(brought))
+            for origin in origins[:-1]:
+                due = origin if origin in brought else due
                 brought[due] += 1
+            brought[lowest] -= alone + self.prices(alone_width)(width - alone_width)
         for level, chance in self._runs:
             gain = self._gains.by_level[level]
             gain[0] = gain[0] * fade + chance
-            gain[1] = gain[1] * fade + brought.pop(level, 0)
+            gain[1] = gain[1] * fade + brought.pop(level, 0.0)
         self._runs.clear()
         pass_time = 1.0 if self._costs is None else self._costs[min(width, len(self._costs) - 1)]
         spent = pass_time + self._spent

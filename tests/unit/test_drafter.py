@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from hispec.drafter import Drafter
-from hispec.hierarchy import Hierarchy
+from hispec.hierarchy import Hierarchy, Level
 from hispec.model.nodes import MAX_WIDTH
 from hispec.odds import LIKELIEST, PRIOR_WEIGHT, Odds
-from hispec.planner.online import FIRST_PASSES, FIRST_RATE
+from hispec.planner.online import FIRST_PASSES, FIRST_RATE, MEMORY
 from hispec.planner.prices import Prices
 from hispec.sources import Candidate
 from hispec.tree import Tree
@@ -163,6 +163,25 @@ def test_the_rate_follows_what_passes_yield() -> None:
     for _ in range(int(10 * FIRST_PASSES)):
         drafter.commit([9, 9, 9], ["", "", ""], 1)  # three tokens a pass: rows are worth more
     assert len(grown(drafter)) == 1
+
+
+@pytest.mark.parametrize(("known", "brought"), [(True, 0.0), (False, 1.0)])
+def test_what_the_databases_knew_no_exit_brings(known: bool, brought: float) -> None:
+    """An exit that will run is shown the likely proposals alone, and adds the others itself."""
+    context = Fixed("context", ([1, 2] if known else [5, 6], [3, 3]))
+    hierarchy = Hierarchy((Level(4, 2, ranks=True),), "test", (("context", 9),), 8)
+    drafter = drafter_of([context], hierarchy, level_costs={"exit 4": 0.01})
+    gain = drafter.odds.gains.by_level["exit 4"]
+    gain[:] = [1.0, 1.0]
+    tree = Tree(100)
+    drafter.grow(tree, 0, 10, 31, (), "exit 4")
+    assert len(tree) == 2, "the second token is not likely"
+    assert drafter.pays(tree, 0, "exit 4")
+    ids, chances = [[1, 7, 8], [2, 7, 8]], [[0.9, 0.05, 0.01]] * 2
+    drafter.rank(tree, "exit 4", 0, ids, chances, int(known), 10, 20)
+    tokens, origins = ([1, 2, 9], ["context", "exit 4"]) if known else ([1, 9], ["exit 4"])
+    drafter.commit(tokens, [*origins, "target"], len(tree))
+    assert gain[1] - (1 - 1 / MEMORY) == pytest.approx(brought)
 
 
 def test_the_first_pass_of_a_text_tells_nothing_about_prices() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hispec.planner.online import FIRST_RATE, Gains, Worth
+from hispec.planner.online import FIRST_RATE, MEMORY, Gains, Worth
 
 COSTS = [0.0] + [1.0 + 0.05 * rows for rows in range(32)]
 
@@ -49,6 +49,27 @@ def test_where_others_know_what_comes_an_exit_has_less_to_bring() -> None:
     worth = Worth(None, {"exit 4": 0.2}, Gains())
     assert worth.pays("exit 4", 1.0)
     assert not worth.pays("exit 4", 0.1)
+
+
+def test_an_exit_brings_what_the_databases_own_tree_would_not_have() -> None:
+    def brought(origins: list[str], *passed: int, levels: tuple[str, ...] = ("exit 0",)) -> dict:
+        gains = Gains()
+        worth = Worth(COSTS, dict.fromkeys(levels, 0.1), gains)
+        before = {level: gains.by_level[level][1] for level in levels}
+        assert all(worth.pays(level, 1.0) for level in levels)
+        worth.passed([*origins, "target"], *passed)
+        fade = 1 - 1 / MEMORY
+        return {name: gains.by_level[name][1] - fade * before[name] for name in levels}
+
+    own = ["context", "exit 0", "exit 0"]
+    assert brought(own, 4, 0, 4)["exit 0"] == pytest.approx(3)
+    assert brought(own, 4, 2, 4)["exit 0"] == pytest.approx(1), "the databases' tree had two"
+    assert brought(["context"], 4, 2, 4)["exit 0"] == pytest.approx(-1), "it had narrowed that tree"
+    row = FIRST_RATE * 0.05
+    assert brought(own, 9, 2, 4)["exit 0"] == pytest.approx(1 - 5 * row), "rows have their price"
+    assert brought(own, 3, 2, 4)["exit 0"] == pytest.approx(1 + row)
+    both = brought(["exit 0", "context", "exit 8"], 4, 1, 4, levels=("exit 0", "exit 8"))
+    assert both == pytest.approx({"exit 0": 1.0, "exit 8": 1.0}), "each token is paid for once"
 
 
 def test_exits_are_followed_when_the_text_changes() -> None:
