@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import json
 import zlib
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,12 @@ from typing import Any
 from hispec.bench.progress import Progress
 from hispec.bench.prompts import Prompt, parse
 from hispec.errors import HispecError, UsageError
+from hispec.files import append_whole, disk_errors, unwritable
 from hispec.generation import LM
 from hispec.result import Result
 from hispec.sampling import Sampling
+
+EMPTY = "the line is empty"
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ def read_rows(path: Path) -> list[Row]:
         path: the file; gzipped if it ends with ``.gz``.
 
     Raises:
-        UsageError: the file cannot be read or has no lines.
+        UsageError: the file cannot be read, or no line of it is a prompt.
     """
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
@@ -50,19 +54,21 @@ def read_rows(path: Path) -> list[Row]:
     except (OSError, EOFError, zlib.error) as error:
         why = getattr(error, "strerror", None) or error
         raise UsageError(f"cannot read {path}: {why}.") from None
-    lines = raw.split(b"\n")
+    lines = raw.removeprefix(BOM_UTF8).split(b"\n")
     if lines[-1] == b"":
         lines.pop()
-    if not lines:
-        raise UsageError(f"{path} has no prompts.")
-    return [_row(number, line) for number, line in enumerate(lines, 1)]
+    rows = [_row(number, line) for number, line in enumerate(lines, 1)]
+    if all(row.error for row in rows):
+        why = next((f" Line {row.line}: {row.error}." for row in rows if row.error != EMPTY), "")
+        raise UsageError(f"{path} has no prompts.{why}")
+    return rows
 
 
 def _row(number: int, line: bytes) -> Row:
     try:
         text = line.decode()
         if not text.strip():
-            return Row(number, error="the line is empty")
+            return Row(number, error=EMPTY)
         found = json.loads(text)
         if not isinstance(found, dict):
             return Row(number, error=f"not an object: {text.strip()[:40]}")
@@ -84,7 +90,7 @@ class Answers:
         fixed_seed: the user named the seed; otherwise a resumed run goes on with that of the first.
 
     Raises:
-        UsageError: the file cannot be written, or holds something else.
+        UsageError: the file cannot be written, is none, or holds something else.
     """
 
     def __init__(self, path: Path, rows: Sequence[Row], *, fixed_seed: bool = True) -> None:
@@ -94,6 +100,8 @@ class Answers:
         self._fixed_seed = fixed_seed
         if not path.parent.is_dir():
             raise UsageError(f"there is no folder {path.parent} for {path.name}. Make it first.")
+        for file in (self.path, self.stats_path):
+            _check_writable(file)
         self._written = _whole_lines(path)
         lines = [row.line for row in self.rows]
         if [entry.get("line") for entry in self._written] != lines[: len(self._written)]:
@@ -109,8 +117,6 @@ class Answers:
                 )
             self._header, self._stats = found[0], found[1 : len(self._written) + 1]
         self._before = len(self._written)
-        for file in (self.path, self.stats_path):
-            _check_writable(file)
 
     def run(self, lm: LM, n: int, settings: dict[str, Any]) -> None:
         """Answers the rows that have no answer yet.
@@ -122,23 +128,20 @@ class Answers:
 
         Raises:
             UsageError: the rows that are there were made with other settings.
+            WriteError: the disk is full; the rows before stay.
         """
         sampling = self._resume(lm, n, settings)
         lm.hierarchy(settings["hierarchy"])  # a wrong exit is said before the first row
-        with (
-            open(self.path, "a", encoding="utf-8", newline="\n") as out,
-            open(self.stats_path, "a", encoding="utf-8", newline="\n") as stats,
-            Progress(len(self.rows), len(self._written)) as progress,
-        ):
+        with Progress(len(self.rows), len(self._written)) as progress:
             for row in self.rows[len(self._written) :]:
                 progress.doing(f"line {row.line}")
                 own = {**settings, "sampling": sampling.stream(row.line - 1)}
                 answer, results = _answer(lm, row, n, own)
-                _write(out, answer)
-                self._written.append(answer)
                 entry = {"line": row.line, "metrics": [x.metrics() for x in results]}
-                _write(stats, entry)
+                self._write(self.stats_path, entry)  # first: counts of no answer are cut off later
+                self._write(self.path, answer)
                 self._stats.append(entry)
+                self._written.append(answer)
                 progress.advance()
 
     def _resume(self, lm: LM, n: int, settings: Mapping[str, Any]) -> Sampling:
@@ -170,13 +173,22 @@ class Answers:
                         f"{self.path} was begun with {name}={theirs!r}, not {mine!r}. Use the same "
                         f"settings to go on, or name another --out."
                     )
-            _cut(self.path, len(self._written))
-            _cut(self.stats_path, 1 + len(self._stats))
+            with disk_errors(self.path):
+                _cut(self.path, len(self._written))
+                _cut(self.stats_path, 1 + len(self._stats))
         else:
-            self.path.write_bytes(b"")
-            with open(self.stats_path, "w", encoding="utf-8", newline="\n") as stats:
-                _write(stats, wanted)
+            with disk_errors(self.path):
+                self.path.write_bytes(b"")
+                self.stats_path.write_bytes(b"")
+            self._write(self.stats_path, wanted)
         return Sampling(**{**vars(sampling), "seed": wanted.get("seed")})
+
+    def _write(self, path: Path, entry: Mapping[str, Any]) -> None:
+        """Appends a line to one of the two files."""
+        done = f"{len(self._written)} of {len(self.rows)} prompts are answered"
+        advice = f"{done}; free some room, and the same command goes on with the others"
+        with disk_errors(path, advice):
+            append_whole(path, json.dumps(entry, ensure_ascii=False) + "\n")
 
     def totals(self) -> dict[str, Any]:
         """Returns the counts of all rows; times are of the rows whose statistics are there."""
@@ -281,12 +293,14 @@ def _check_writable(path: Path) -> None:
     """Raises ``UsageError`` if a file cannot be written; what is there stays as it is."""
     real = path.resolve()  # so that no link is deleted
     was_there = real.exists()
+    if was_there and not (real.is_file() or real.is_dir()):
+        raise UsageError(f"{path} is a device or a pipe, which keeps nothing. Name a file.")
     try:
         open(real, "ab").close()
         if not was_there:
             real.unlink()
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}. Name another --out.") from None
+        raise UsageError(unwritable(path, error)) from None
 
 
 def _cut(path: Path, rows: int) -> None:
@@ -295,8 +309,3 @@ def _cut(path: Path, rows: int) -> None:
         for _ in range(rows):
             file.readline()
         file.truncate(file.tell())
-
-
-def _write(file: Any, entry: Mapping[str, Any]) -> None:
-    file.write(json.dumps(entry, ensure_ascii=False) + "\n")
-    file.flush()

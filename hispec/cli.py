@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from hispec import __version__
 from hispec.errors import HispecError, UsageError
+from hispec.files import FULL, unwritable
 
 #: command → (what it does, the module with ``add_arguments(parser)`` and ``main(args) -> int``)
 COMMANDS = {
@@ -110,6 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if verbose:
             traceback.print_exc()
+        if isinstance(error, OSError) and error.errno in FULL:
+            print(f"hispec: {unwritable(error.filename or 'the output', error)}", file=sys.stderr)
+            return 1
         text = str(error).strip().split("\n")[0]
         print(f"hispec: {type(error).__name__}: {text} (-v shows where)", file=sys.stderr)
         return 1

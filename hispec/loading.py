@@ -37,7 +37,8 @@ def load(
     """Returns a model ready to generate.
 
     Args:
-        model: a hub id, a folder, a ``.gguf`` file, or ``smollm2-135m``.
+        model: a hub id, a folder (of a LoRA adapter, too), a ``.gguf`` file, ``smollm2-135m`` or
+            ``smollm2-135m-layerskip`` (the same, adapted as LayerSkip does).
         exits: a folder of trained exits; those shipped for these weights are found by themselves.
         dtype: ``auto``, ``bf16``, ``fp16`` or ``fp32``.
         device: ``auto``, ``cpu`` or ``cuda``.

@@ -17,6 +17,8 @@ import argparse
 import json
 import statistics
 import sys
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,11 +36,13 @@ from hispec.errors import HispecError
 from hispec.generation import LM
 from hispec.hierarchy import AR, Hierarchy, Level
 from hispec.loading import load
-from hispec.planner.calibrate import own_work_s
+from hispec.planner.calibrate import fitted
 from hispec.planner.choose import Candidate, candidates, finalists
+from hispec.planner.cost_table import CostTable
 from hispec.planner.costs import cost_table
-from hispec.planner.simulator import forecast
+from hispec.planner.simulator import Forecast, forecast
 from hispec.planner.synthetic import Script, scripted
+from hispec.result import Result
 
 #: What must be forecast within a tenth.
 PRESETS = ("auto", "hd", "layerskip", "hispec")
@@ -130,68 +134,95 @@ def real(lm: LM, args: argparse.Namespace) -> list[dict[str, Any]]:
             f"The best chain of several levels over the best of one: "
             f"{several[0].speedup / single[0].speedup:.3f} expected, {more / one:.3f} measured"
         )
-    if calibration.doubt():
-        print(calibration.doubt())
+    for doubt in calibration.doubts():
+        print(doubt)
     return rows
 
 
 def synthetic(lm: LM, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Returns simulations of exits with chosen rates, and what the engine made of the same."""
+    """Returns simulations of exits with chosen rates, and what the engine made of the same.
+
+    The machine is not the same from one minute to the next. So costs are measured in every repeat,
+    beside what they forecast, and medians are compared.
+    """
     prompt = lm.encode("Tell a long story about a lighthouse.")
     lm.eos = frozenset()  # the text goes on as long as is wanted
     text = lm.generate(prompt, hierarchy=AR, max_new_tokens=args.tokens + 64).token_ids
-    context = len(prompt) + args.tokens // 2
-    rows = []
-    for numbers, rates in SYNTHETIC:
-        levels = tuple(Level(*pair) for pair in zip(numbers[::2], numbers[1::2], strict=True))
-        hierarchy = Hierarchy(levels, "-".join(f"{x.exit_layer}x{x.window}" for x in levels))
-        hierarchy.check(lm.model.config.num_layers)
-        heads = {exit_layer: lm.head(exit_layer) for exit_layer in hierarchy.exit_layers}
-        times: dict[str, list[float]] = {"ar": [], "it": []}
-        counts = [0, 0]
-        passes: dict[str, int] = {}
-        for repeat in range(args.repeats):
-            script = Script(
-                [*prompt, *text],
-                hierarchy.exit_layers,
-                rates,
-                lm.model.config.vocab_size,
-                seed=repeat,
-            )
-            plain = lm.generate(prompt, hierarchy=AR, max_new_tokens=args.tokens, learn=False)
-            with scripted(lm._heads, script):
-                scripts = {exit_layer: lm.head(exit_layer) for exit_layer in heads}
-                measured_now = cost_table(lm.model, scripts, context, anew=repeat == 0)
-                costs = replace(measured_now, step_s=own_work_s(plain, measured_now))
-                done = lm.generate(prompt, hierarchy=hierarchy, max_new_tokens=args.tokens)
+    runs = [_Run(numbers, rates) for numbers, rates in SYNTHETIC]
+    exits = sorted({layer for run in runs for layer in run.hierarchy.exit_layers})
+    for layer in exits:
+        lm.head(layer)
+    for repeat in range(args.repeats):
+
+        def script(run: _Run, layers: Sequence[int], seed: int = repeat) -> Script:
+            size = lm.model.config.vocab_size
+            return Script([*prompt, *text], layers, run.rates, size, seed=seed)
+
+        with scripted(lm._heads, script(runs[-1], exits)):
+            heads = {layer: lm.head(layer) for layer in exits}
+            costs = cost_table(lm.model, heads, len(prompt) + args.tokens // 2, anew=True)
+        plain = lm.generate(prompt, hierarchy=AR, max_new_tokens=args.tokens, learn=False)
+        costs = fitted(costs, plain)
+        for run in runs:
+            chosen = script(run, run.hierarchy.exit_layers)
+            with scripted(lm._heads, chosen):
+                done = lm.generate(
+                    prompt, hierarchy=run.hierarchy, max_new_tokens=args.tokens, learn=False
+                )
             assert done.token_ids == plain.token_ids, "drafting changed a token"
-            times["ar"].append(plain.decode_s / plain.committed)
-            times["it"].append(done.decode_s / done.committed)
-            counts = [counts[0] + done.committed, counts[1] + done.passes]
-            for level in done.levels:
-                passes[level.name] = passes.get(level.name, 0) + level.passes
-        wanted = forecast(chain_of(hierarchy), costs, script.acceptance())
-        measured = statistics.median(times["ar"]) / statistics.median(times["it"])
-        rows.append(
+            wanted = forecast(chain_of(run.hierarchy), costs, chosen.acceptance())
+            run.add(plain, done, wanted, costs)
+        print(f"repeat {repeat + 1} of {args.repeats}", file=sys.stderr)
+    return [run.row() for run in runs]
+
+
+class _Run:
+    """A hierarchy of scripted exits: what was forecast and what was measured, repeat by repeat."""
+
+    def __init__(self, numbers: Sequence[int], rates: Sequence[tuple[float, float]]) -> None:
+        levels = tuple(Level(*pair) for pair in zip(numbers[::2], numbers[1::2], strict=True))
+        name = "-".join(f"{level.exit_layer}x{level.window}" for level in levels)
+        self.hierarchy, self.rates = Hierarchy(levels, name), rates
+        self.repeats: list[dict[str, Any]] = []
+        self.committed = 0
+        self.passes: Counter[str] = Counter()
+
+    def add(self, plain: Result, done: Result, wanted: Forecast, costs: CostTable) -> None:
+        """Takes a repeat down."""
+        self.committed += done.committed
+        self.passes.update({level.name: level.passes for level in done.levels})
+        self.repeats.append(
             {
-                "name": f"{hierarchy.name} {rates}",
-                "counts": True,
                 "predicted": wanted.speedup,
-                "measured": measured,
-                "low": min(times["ar"]) / max(times["it"]),
-                "high": max(times["ar"]) / min(times["it"]),
-                "error": wanted.speedup / measured - 1,
-                "predicted_tokens_per_pass": wanted.tokens_per_pass,
-                "tokens_per_pass": counts[0] / counts[1],
-                "predicted_passes": dict(wanted.passes),
-                "passes": {name: count / passes["target"] for name, count in passes.items()},
-                "costs": costs.to_json(),
-                "ar_s": times["ar"],
-                "it_s": times["it"],
+                "measured": plain.decode_s / plain.committed / done.decode_s * done.committed,
+                "predicted_round_ms": 1e3 * wanted.latency_s * wanted.tokens_per_pass,
+                "round_ms": 1e3 * done.decode_s / done.passes,
+                "plain_ms": 1e3 * plain.decode_s / plain.passes,
+                "level_ms": {x.name: 1e3 * x.time_s / x.passes for x in done.levels},
             }
         )
-        print(f"{hierarchy.name}: {wanted.speedup:.2f} / {measured:.2f}", file=sys.stderr)
-    return rows
+        self.predicted, self.costs = wanted, costs
+
+    def row(self) -> dict[str, Any]:
+        """Returns the repeats' medians, and the repeats."""
+        measured = [repeat["measured"] for repeat in self.repeats]
+        predicted = statistics.median(repeat["predicted"] for repeat in self.repeats)
+        target = self.passes["target"]
+        return {
+            "name": f"{self.hierarchy.name} {self.rates}",
+            "counts": True,
+            "predicted": predicted,
+            "measured": statistics.median(measured),
+            "low": min(measured),
+            "high": max(measured),
+            "error": predicted / statistics.median(measured) - 1,
+            "predicted_tokens_per_pass": self.predicted.tokens_per_pass,
+            "tokens_per_pass": self.committed / target,
+            "predicted_passes": dict(self.predicted.passes),
+            "passes": {name: count / target for name, count in self.passes.items()},
+            "repeats": self.repeats,
+            "last_costs": self.costs.to_json(),
+        }
 
 
 def show(rows: list[dict[str, Any]]) -> None:

@@ -34,8 +34,9 @@ import torch
 
 import hispec
 from hispec.bench.prompts import load_prompts
-from hispec.bench.provenance import collect, cpu_name
+from hispec.bench.provenance import collect
 from hispec.generation import LM
+from hispec.model.measured import cpu_name
 from hispec.model.nodes import Nodes
 from hispec.sampling import Sampling, stream_seed
 from hispec_kernels import gumbel

@@ -13,10 +13,10 @@ import json
 import random
 from pathlib import Path
 
+from hispec.files import write_whole
 from hispec.model.checkpoint import open_checkpoint
 from hispec_training.data import Record, encode_prompt
 from hispec_training.decode import BatchDecoder, Request
-from hispec_training.files import write_atomically
 from hispec_training.trunk import Trunk
 
 
@@ -62,7 +62,7 @@ def main() -> None:
         row = {"id": f"self:{answer.index}", "category": "self"}
         row["messages"] = [{"role": "user", "content": text}]
         lines.append(json.dumps(row) + "\n")
-    write_atomically(args.out, "".join(lines))
+    write_whole(args.out, "".join(lines), sync=True)
     print(f"{len(seen)} prompts of {args.count} drawn in {args.out}")
 
 

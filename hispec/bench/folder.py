@@ -11,14 +11,13 @@ process left unfinished has no rows, so plain decoding always stands beside what
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hispec.errors import HispecError, UsageError
+from hispec.files import WriteError, append_whole, disk_errors, unwritable, write_whole
 
 FORMAT = "hispec-bench-1"
 LOCK = ".lock"
@@ -37,8 +36,9 @@ class RunFolder:
     def __init__(self, path: Path, document: dict[str, Any], *, writing: bool = False) -> None:
         self.path = path
         self.document = document
-        self.rows: list[Row] = _read(path / "rows.jsonl", repair=writing)
-        self.skipped: list[Row] = _read(path / "skipped.jsonl", repair=writing)
+        row = {"item", "repeat", "method"}
+        self.rows: list[Row] = _read(path / "rows.jsonl", row, repair=writing)
+        self.skipped: list[Row] = _read(path / "skipped.jsonl", {"item"}, repair=writing)
         self._blocks = {(row["item"], row["repeat"]) for row in self.rows}
 
     @staticmethod
@@ -70,10 +70,7 @@ class RunFolder:
                     )
                 document = found
             else:
-                try:
-                    write_whole(path / "run.json", json.dumps(document, indent=1))
-                except OSError as error:
-                    raise _unwritable(path, error) from None
+                write_whole(path / "run.json", json.dumps(document, indent=1))
             yield RunFolder(path, document, writing=True)
 
     @staticmethod
@@ -98,7 +95,11 @@ class RunFolder:
         return self.document["provenance"]
 
     def append(self, rows: Iterable[Row]) -> None:
-        """After the call a block's rows are on disk, all of them."""
+        """After the call a block's rows are on disk, all of them.
+
+        Raises:
+            WriteError: there is no room; the rows before are as they were.
+        """
         rows = list(rows)
         _append(self.path / "rows.jsonl", rows)
         self.rows += rows
@@ -141,39 +142,24 @@ def _locked(path: Path) -> Iterator[None]:
             f"another process is working on {path}. Wait for it, or give another --out."
         ) from None
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise WriteError(unwritable(path, error)) from None
     try:
         yield
     finally:
         lock.release()
 
 
-def _unwritable(path: Path, error: OSError) -> HispecError:
-    return HispecError(f"cannot write to {path}: {error.strerror or error}.")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """After the call the file has this text; a reader never sees a part of it."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
 def _append(path: Path, rows: list[Row]) -> None:
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(lines)
-        file.flush()
-        os.fsync(file.fileno())
+    advice = f"free some room; the same command with --out {path.parent} goes on after what is done"
+    with disk_errors(path, advice):
+        append_whole(path, _lines(rows), sync=True)
 
 
-def _read(path: Path, *, repair: bool) -> list[Row]:
+def _lines(rows: Iterable[Row]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def _read(path: Path, fields: set[str], *, repair: bool) -> list[Row]:
     """The rows of a file, without a block at its end whose writing was cut short.
 
     Blocks are told apart by ``(item, repeat)`` and their size by ``of``, the rows they have. Only a
@@ -182,13 +168,19 @@ def _read(path: Path, *, repair: bool) -> list[Row]:
     if not path.exists():
         return []
     rows: list[Row] = []
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise HispecError(f"cannot read {path}: {error.strerror or error}.") from None
     torn = lines.pop() != b""
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            raise HispecError(f"{path} line {number} is damaged. Remove the folder.") from None
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict) or not fields <= row.keys():
+            raise HispecError(f"{path} line {number} is damaged. Remove the folder.")
+        rows.append(row)
     while rows and "of" in rows[-1]:
         last = rows[-1]
         block = [r for r in rows if (r["item"], r["repeat"]) == (last["item"], last["repeat"])]
@@ -197,17 +189,19 @@ def _read(path: Path, *, repair: bool) -> list[Row]:
         rows = [r for r in rows if r not in block]
         torn = True
     if torn and repair:
-        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_whole(path, _lines(rows))
     return rows
 
 
 def _document(path: Path) -> dict[str, Any]:
     try:
         document = json.loads((path / "run.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise HispecError(f"{path / 'run.json'} cannot be read: {error}.") from None
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise UsageError(f"{path} holds no run of this version of hispec bench.")
+    if not all(isinstance(document.get(name), dict) for name in ("settings", "provenance")):
+        raise HispecError(f"{path / 'run.json'} is damaged. Remove the folder.")
     return document
 
 

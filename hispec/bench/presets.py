@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hispec.bench.prompts import Prompt, refuse_halves
+from hispec.bench.prompts import Prompt
 from hispec.errors import HispecError, UsageError
-from hispec.jsonl import read_objects
+from hispec.jsonl import read_objects, refuse_halves
 
 Row = Mapping[str, Any]
 

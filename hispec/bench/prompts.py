@@ -16,10 +16,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hispec.errors import UsageError
-from hispec.jsonl import read_objects
+from hispec.jsonl import read_objects, refuse_halves
+
+if TYPE_CHECKING:
+    from hispec.generation import LM
 
 BUILTIN = Path(__file__).parent.parent / "data" / "prompts.jsonl"
 
@@ -207,18 +210,30 @@ def parse(row: Mapping[str, Any], number: int) -> Prompt:
     return Prompt(**fields, ids=tuple(value))
 
 
-def refuse_halves(row: Mapping[str, Any]) -> None:
-    r"""Raises ``UsageError`` if a text of a row has half of a pair such as ``\ud83d\ude00``.
+def encode(
+    lm: LM, prompt: Prompt, turn: int = 0, answers: Sequence[str] = (), *, raw: bool = False
+) -> list[int]:
+    """Returns the token ids of a prompt's turn.
 
-    JSON can write one alone; it is no character, and neither a tokenizer nor a file takes it.
+    Args:
+        lm: whose tokenizer and chat template.
+        prompt: ids are taken as they are.
+        turn: which of its turns.
+        answers: to the turns before.
+        raw: no chat template: the messages are one text.
+
+    Raises:
+        UsageError: it has ids that the model does not; the prompt is named.
     """
     try:
-        json.dumps(row, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(error.object[error.start]):04x}"
-        raise UsageError(
-            f"a text has {half}, half of a surrogate pair and no character. Write both halves."
-        ) from None
+        if prompt.ids:
+            return lm.encode(prompt.ids)
+        chat = prompt.chat(turn, answers)
+        if raw or not lm.tokenizer.chat_template:
+            return lm.encode("\n\n".join(message["content"] for message in chat), raw=True)
+        return lm.encode(chat)
+    except UsageError as error:
+        raise UsageError(f"prompt {prompt.id}: {error}") from None
 
 
 def _references(value: Any) -> tuple[str, ...]:

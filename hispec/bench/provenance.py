@@ -15,6 +15,7 @@ import torch
 from hispec import __version__
 from hispec.generation import LM
 from hispec.model.device import dtype_name
+from hispec.model.measured import cpu_name
 
 
 def collect(lm: LM) -> dict[str, Any]:
@@ -72,17 +73,6 @@ def read_bandwidth(device: torch.device, megabytes: int = 256) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - started)
     return (megabytes << 20) / best / 1e9
-
-
-def cpu_name() -> str:
-    """Returns the processor's name as the system gives it."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def memory_in_use(device: torch.device) -> int:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from hispec.bench import compare, markdown, page, rouge
-from hispec.bench.folder import RunFolder, write_whole
+from hispec.bench.folder import RunFolder
 from hispec.bench.summary import summarize
-from hispec.errors import HispecError
+from hispec.files import write_whole
 
 
 def write_report(folder: RunFolder, out: Path | None = None) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def write_report(folder: RunFolder, out: Path | None = None) -> dict[str, Any]:
         The document of ``hispec bench --json``.
 
     Raises:
-        HispecError: they cannot be written.
+        WriteError: they cannot be written.
     """
     document = summarize(folder)
     document["rouge"] = rouge.scores(folder.rows)
@@ -58,9 +58,5 @@ def write_comparison(folders: Sequence[RunFolder], out: Path) -> dict[str, Any]:
 
 
 def _write(out: Path, texts: Mapping[str, str]) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        for name, text in texts.items():
-            write_whole(out / name, text)
-    except OSError as error:
-        raise HispecError(f"cannot write to {out}: {error.strerror or error}.") from None
+    for name, text in texts.items():
+        write_whole(out / name, text)

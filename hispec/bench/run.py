@@ -19,7 +19,7 @@ import torch
 from hispec.bench.folder import Row, RunFolder
 from hispec.bench.methods import Method, Outcome, Question, Workbench, numerics
 from hispec.bench.progress import Progress
-from hispec.bench.prompts import Prompt, PromptSet
+from hispec.bench.prompts import Prompt, PromptSet, encode
 from hispec.bench.provenance import memory_in_use
 from hispec.errors import UsageError
 from hispec.generation import LM
@@ -117,7 +117,7 @@ class Run:
         """After the call every method has run once, short and long, and every width was seen."""
         lengths: dict[int, list[int]] = {}
         for prompt in self.plan.prompts.prompts:
-            ids = self.encode(prompt, 0, [])
+            ids = encode(self.bench.lm, prompt, raw=self.plan.raw)
             if len(ids) < self.bench.lm.model.config.max_positions:
                 lengths[len(ids)] = ids
         if not lengths:
@@ -135,30 +135,13 @@ class Run:
             for method in self.methods:
                 self._answer(method, question)
 
-    def encode(self, prompt: Prompt, turn: int, answers: Sequence[str]) -> list[int]:
-        """Returns the token ids of a prompt's turn, given the answers to those before.
-
-        Raises:
-            UsageError: it has ids that the model does not; the prompt is named.
-        """
-        lm = self.bench.lm
-        try:
-            if prompt.ids:
-                return lm.encode(prompt.ids)
-            chat = prompt.chat(turn, answers)
-            if self.plan.raw or not lm.tokenizer.chat_template:
-                return lm.encode("\n\n".join(message["content"] for message in chat), raw=True)
-            return lm.encode(chat)
-        except UsageError as error:
-            raise UsageError(f"prompt {prompt.id}: {error}") from None
-
     def _converse(self, prompt: Prompt, number: int, progress: Progress) -> None:
         """Runs all turns of a prompt; a turn continues on plain decoding's answers."""
         lm, answers = self.bench.lm, list[str]()
         context = lm.model.config.max_positions
         for turn in range(prompt.num_turns):
             item = f"{prompt.id}/{turn + 1}" if prompt.num_turns > 1 else prompt.id
-            ids = self.encode(prompt, turn, answers)
+            ids = encode(lm, prompt, turn, answers, raw=self.plan.raw)
             if len(ids) >= context:
                 reason = f"{len(ids)} tokens, and the context holds {context}"
                 self.folder.skip({"item": item, "category": prompt.category, "reason": reason})

@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> int:
     out = Path(args.out) if args.out else default_folder("bench", args.model)
     folder = execute(plan, out, bench, methods)
     document = write_report(folder)
-    print((folder.path / "report.md").read_text())
+    print((folder.path / "report.md").read_text(encoding="utf-8"))
     print(f"The report with pictures: {folder.path / 'report.html'}", file=sys.stderr)
     if args.json:
         print(json.dumps(document))
@@ -108,6 +108,7 @@ def load_exact(args: argparse.Namespace) -> tuple[LM, bool]:
 def execute(plan: Any, out: Path, bench: Any, methods: Any) -> RunFolder:
     """Runs, or goes on with, the run in folder ``out`` and returns it, finished."""
     from hispec.bench.folder import RunFolder
+    from hispec.bench.prompts import encode
     from hispec.bench.provenance import collect
     from hispec.bench.roster import explain_early_exit
     from hispec.bench.run import Run
@@ -116,7 +117,7 @@ def execute(plan: Any, out: Path, bench: Any, methods: Any) -> RunFolder:
         print(f"The run's folder: {folder.path}", file=sys.stderr)
         run = Run(plan, folder, bench, methods)
         if not folder.document.get("notes"):
-            some = run.encode(plan.prompts.prompts[0], 0, [])[:_TEXT_ENOUGH]
+            some = encode(bench.lm, plan.prompts.prompts[0], raw=plan.raw)[:_TEXT_ENOUGH]
             explain_early_exit(bench.lm, methods, some)
             folder.note({method.name: method.note for method in methods})
         run()

@@ -56,9 +56,9 @@ def main(args: argparse.Namespace) -> int:
     grid_plan = Plan(prompts, args.max_new_tokens, 1, args.raw)
     final_plan = Plan(prompts, args.max_new_tokens, args.repeats, args.raw)
     from hispec.bench import sweep
-    from hispec.bench.folder import write_whole
     from hispec.bench.report import write_report
     from hispec.bench.roster import engines
+    from hispec.files import write_whole
 
     lm, exact = bench.load_exact(args)
     num_layers = lm.model.config.num_layers

@@ -6,7 +6,6 @@ With ``--cut`` it is the model's first layers alone: a small Llama that drafts (
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from hispec import __version__
 from hispec.errors import UsageError
+from hispec.files import FULL, unwritable
 from hispec.hierarchy import Hierarchy, check_preset
 
 if TYPE_CHECKING:
@@ -172,7 +172,7 @@ def _whole(out: Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
     except OSError as error:
-        raise UsageError(f"cannot write {out}: {error.strerror}.") from None
+        raise UsageError(unwritable(out, error)) from None
     try:
         yield part
         if out.is_dir():
@@ -182,10 +182,10 @@ def _whole(out: Path) -> Iterator[Path]:
             part.rename(out)
     except OSError as error:
         # A full disk may come with the name of the file that was being copied.
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         file = Path(str(error.filename or part))
-        what = f"write {out}" if full or file.is_relative_to(part) else f"read {file}"
-        raise UsageError(f"cannot {what}: {error.strerror or error}.") from None
+        if error.errno in FULL or file.is_relative_to(part):
+            raise UsageError(unwritable(out, error)) from None
+        raise UsageError(f"cannot read {file}: {error.strerror or error}.") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from hispec.errors import UsageError
 from hispec.jsonl import read_objects
+from hispec.sources.ngrams import REST
 
 PIECE_CHARS = 8_000  # of plain text, cut at the end of a line
 _IDS = ("response_ids", "token_ids", "output_ids")
@@ -90,7 +91,10 @@ class Texts:
     def _rows(self, path: Path) -> Iterator[tuple[str | list[int], float]]:
         lines = _count_lines(path)
         for number, row in read_objects(path):
-            texts = self._of(row)
+            try:
+                texts = self._of(row)
+            except UsageError as error:
+                raise UsageError(f"{path} line {number}: {error}") from None
             if texts is None and "error" not in row:
                 names = (*_IDS, *_ANSWERS) if self._answers else _TEXTS
                 wanted = [*names, "messages", *_SEVERAL]
@@ -100,7 +104,11 @@ class Texts:
                 yield text, number / lines
 
     def _of(self, row: Mapping[str, Any]) -> list[str | list[int]] | None:
-        """Returns a row's texts that are not empty; None where it has nothing to read."""
+        """Returns a row's texts that are not empty; None where it has nothing to read.
+
+        Raises:
+            UsageError: what should be ids or messages is something else.
+        """
         read = _answer if self._answers else _text
         found = [read(row)]
         for name in _SEVERAL if found == [None] else ():
@@ -124,8 +132,11 @@ class Texts:
             raise UsageError(
                 f"there is no file {source}, and no data set of that id could be loaded: {reason}"
             ) from None
-        for row in table:
-            yield from self._of(row) or ()
+        for number, row in enumerate(table, 1):
+            try:
+                yield from self._of(row) or ()
+            except UsageError as error:
+                raise UsageError(f"{source} row {number}: {error}") from None
 
 
 def _is_jsonl(path: Path) -> bool:
@@ -155,7 +166,7 @@ def _pieces(path: Path) -> Iterator[tuple[str, float]]:
     try:
         with _reading(path), open(path, "rb") as raw:
             packed = gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
-            for line in io.TextIOWrapper(packed, encoding="utf-8"):
+            for line in io.TextIOWrapper(packed, encoding="utf-8-sig"):
                 held.append(line)
                 size += len(line)
                 if size >= PIECE_CHARS:
@@ -170,13 +181,12 @@ def _pieces(path: Path) -> Iterator[tuple[str, float]]:
 def _answer(row: Mapping[str, Any]) -> str | list[int] | None:
     for name in _IDS:
         if isinstance(row.get(name), list):
-            return [int(token) for token in row[name]]
+            return _ids(name, row[name])
     for name in _ANSWERS:
         if isinstance(row.get(name), str):
             return row[name]
     if isinstance(row.get("messages"), list):
-        turns = [turn for turn in row["messages"] if turn.get("role") == "assistant"]
-        return "\n".join(str(turn.get("content") or "") for turn in turns)
+        return _said(row["messages"], "assistant")
     return None
 
 
@@ -185,5 +195,21 @@ def _text(row: Mapping[str, Any]) -> str | None:
         if isinstance(row.get(name), str):
             return row[name]
     if isinstance(row.get("messages"), list):
-        return "\n".join(str(turn.get("content") or "") for turn in row["messages"])
+        return _said(row["messages"])
     return None
+
+
+def _ids(name: str, found: list[Any]) -> list[int]:
+    for token in found:
+        if type(token) is not int or not 0 <= token < REST:  # a bool is an int to isinstance
+            raise UsageError(f"{name} should be token ids, got {str(token)[:40]!r} among them.")
+    return found
+
+
+def _said(messages: list[Any], role: str | None = None) -> str:
+    """Returns what was said in a chat, by one role or by all."""
+    for message in messages:
+        if not isinstance(message, dict):
+            raise UsageError(f"messages should be objects, got {str(message)[:40]!r} among them.")
+    wanted = [message for message in messages if role is None or message.get("role") == role]
+    return "\n".join(str(message.get("content") or "") for message in wanted)

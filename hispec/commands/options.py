@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hispec.arguments import check_lengths, sampling_of
 from hispec.errors import UsageError
 from hispec.hierarchy import Hierarchy, check_preset
-from hispec.model.bundled import MODELS
+from hispec.model.bundled import model_help
 
 if TYPE_CHECKING:
     from hispec.generation import LM
@@ -35,20 +35,13 @@ SAMPLING: dict[str, tuple[type, str]] = {
 }
 
 
-def aliases() -> list[str]:
-    """Returns the names that open a model by themselves: bundled ones, and adapters that ship."""
-    # As hispec.model.adapter.SHIPPED, which would load torch for the sake of a help text.
-    adapters = (Path(__file__).parent.parent / "exits").glob("*/adapter_config.json")
-    return [*MODELS, *sorted(file.parent.name for file in adapters)]
-
-
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Adds the options that say which model to load, and how."""
     parser.add_argument(
         "--model",
         required=True,
         metavar="M",
-        help=f"a hub id, a folder, a .gguf file, {' or '.join(aliases())}",
+        help=model_help(),
     )
     parser.add_argument("--exits", metavar="DIR", help="trained exits (default: those shipped)")
     parser.add_argument(

@@ -12,7 +12,7 @@ from hispec.commands import bench, options
 from hispec.errors import HispecError, UsageError
 
 if TYPE_CHECKING:
-    from hispec.bench.prompts import Prompt, PromptSet
+    from hispec.bench.prompts import PromptSet
     from hispec.generation import LM
     from hispec.planner.choose import Candidate
 
@@ -73,8 +73,8 @@ def main(args: argparse.Namespace) -> int:
     record = described(lm, calibration, found, document, best)
     _save(lm, best, record, out)
     print(table(found, document["methods"], best))
-    if doubt := calibration.doubt():
-        print(doubt[0].upper() + doubt[1:], file=sys.stderr)
+    for doubt in calibration.doubts():
+        print(doubt, file=sys.stderr)
     if args.json:
         print(json.dumps({**best.hierarchy.to_json(), "plan": record}))
     return 1 if any(entry["error"] for entry in document["methods"].values()) else 0
@@ -93,9 +93,10 @@ def halves(prompts: PromptSet) -> tuple[PromptSet, PromptSet]:
 def calibrated(lm: LM, prompts: Any, exits: Any, args: argparse.Namespace) -> Any:
     """Returns the calibration on the first turn of every prompt that fits; shows how far it is."""
     from hispec.bench.progress import Progress
+    from hispec.bench.prompts import encode
     from hispec.planner.calibrate import calibrate
 
-    asked = [ids for prompt in prompts if (ids := _encoded(lm, prompt, raw=args.raw))]
+    asked = [encode(lm, prompt, raw=args.raw) for prompt in prompts]
     models = getattr(args, "level", ())
     contexts = [lm.model.config.max_positions, *(lm.separate(x).context for x in models)]
     room = min(contexts) - args.max_new_tokens
@@ -112,15 +113,6 @@ def calibrated(lm: LM, prompts: Any, exits: Any, args: argparse.Namespace) -> An
             progress.advance()
 
         return calibrate(lm, asked, exits, args.max_new_tokens, tell, models)
-
-
-def _encoded(lm: LM, prompt: Prompt, *, raw: bool) -> list[int]:
-    if prompt.ids:
-        return lm.encode(prompt.ids)
-    chat = prompt.chat(0, [])
-    if raw or not lm.tokenizer.chat_template:
-        return lm.encode("\n\n".join(message["content"] for message in chat), raw=True)
-    return lm.encode(chat)
 
 
 def _measured(
@@ -196,8 +188,8 @@ def described(
 
 
 def _save(lm: LM, best: Candidate, record: dict[str, Any], out: Path | None) -> None:
-    from hispec.bench.folder import write_whole
     from hispec.bench.plan_page import render
+    from hispec.files import write_whole
     from hispec.planner.plan import Plan, saved_path
 
     plan = Plan(best.hierarchy, record)

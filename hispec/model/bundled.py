@@ -50,6 +50,18 @@ MODELS = {
 }
 
 
+def aliases() -> list[str]:
+    """The names that open a model by themselves: those of wheels, and of adapters that ship."""
+    # As hispec.model.adapter.SHIPPED, which would load torch for the sake of a help text.
+    adapters = (Path(__file__).parent.parent / "exits").glob("*/adapter_config.json")
+    return [*MODELS, *sorted(file.parent.name for file in adapters)]
+
+
+def model_help() -> str:
+    """What ``--model`` takes, in words."""
+    return f"a hub id, a folder, a .gguf file, {' or '.join(aliases())}"
+
+
 def model_folder(alias: str) -> Path:
     """The converted folder of a bundled model, fetched and converted on first use.
 

@@ -159,7 +159,7 @@ def open_checkpoint(model: str | Path, *, revision: str | None = None) -> Checkp
 
     Args:
         model: A hub id, a folder (of a LoRA adapter, too), a ``.gguf`` file or an alias
-            (``smollm2-135m``).
+            (``smollm2-135m``, ``smollm2-135m-layerskip``).
         revision: Branch, tag or commit, for a hub id.
 
     Raises:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 from hispec.errors import CheckpointError
+from hispec.files import WriteError, write_whole
 from hispec.model.store import build_once, cache_dir
 from hispec.model.tensorfile import TensorFile
 
@@ -86,11 +88,6 @@ def _remembered_sha256(path: Path) -> str:
         return note.read_text().strip()
     except OSError:
         digest = file_sha256(path)
-    try:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        temporary = note.with_name(f"{note.name}.{os.getpid()}")
-        temporary.write_text(digest)
-        os.replace(temporary, note)
-    except OSError:
-        pass  # only a memory; the conversion itself reports a cache that cannot be written
+    with suppress(WriteError):  # only a memory; the conversion reports a cache that is read only
+        write_whole(note, digest)
     return digest

@@ -324,7 +324,7 @@ class Exits:
             for name, value in record.get("hierarchies", {}).items():
                 best[name] = Hierarchy.from_json(value, name)
             return Exits(path, dict(record["base"]), layers, best, record)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{config} is damaged: {error}.") from None
 
     @property

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hispec.files import WriteError, write_whole
 from hispec.model.llama import Llama
 from hispec.model.nodes import MAX_WIDTH
 from hispec.model.store import cache_dir
@@ -43,7 +43,8 @@ def remembered(
         except (OSError, ValueError, KeyError, TypeError):
             pass  # not measured yet, or damaged: measure
     value = measure()
-    _remember(path, {"value": value, "measured_for": key})
+    with suppress(WriteError):  # a cache that is read only costs a second at the next start
+        write_whole(path, json.dumps({"value": value, "measured_for": key}))
     return value
 
 
@@ -73,22 +74,14 @@ def _key(model: Llama) -> str:
     return "|".join(map(str, parts))
 
 
-def _remember(path: Path, record: dict) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump(record, file)
-        os.replace(temporary, path)
-    except OSError:
-        pass  # an unwritable cache costs a second at the next start, nothing else
-
-
 def machine(device: torch.device) -> str:
     """Returns the name of the processor that computes, the GPU's where that is one."""
-    if device.type != "cpu":
-        return torch.cuda.get_device_name(device)
-    return _processor().partition(":")[2].strip() or _processor()
+    return cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
+
+
+def cpu_name() -> str:
+    """Returns the processor's name as the system gives it."""
+    return _processor().partition(":")[2].strip() or _processor() or platform.machine()
 
 
 def _processor() -> str:

@@ -7,7 +7,6 @@ work done. Whatever a killed process left behind is removed by the next one to h
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import sys
@@ -16,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hispec.errors import CheckpointError
+from hispec.files import FULL
 
 
 def cache_dir() -> Path:
@@ -91,7 +91,7 @@ def writing(folder: Path, label: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             raise CheckpointError(
                 f"The disk of {folder} is full, so {label} could not be written: free some space "
                 "or set HISPEC_HOME to another disk."

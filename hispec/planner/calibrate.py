@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 #: Contexts are measured in steps of so many positions.
 CONTEXT_STEP = 128
-#: Tokens of plain decoding that tell what the engine's own work takes.
+#: Tokens of plain decoding that tell what passes take in earnest, and the engine besides.
 PLAIN_TOKENS = 32
 #: Tokens of the prompt that tells what a separate model takes to read one.
 PROMPT_TOKENS = 256
@@ -36,6 +36,8 @@ PROMPT_TOKENS = 256
 MOST_OWN_WORK = 0.2
 #: Half the width of an interval of acceptance from which on more answers are asked for.
 TOO_WIDE = 0.05
+#: Scatter of the passes' times from which on the machine is said to be busy.
+TOO_NOISY = 0.2
 
 
 @dataclass
@@ -66,16 +68,21 @@ class Calibration:
             done.passes = {name: count / self.recycled for name, count in done.passes.items()}
         return done
 
-    def doubt(self) -> str:
-        """Returns a sentence if acceptance is known too badly to plan by, else an empty text."""
-        wide = self.acceptance.widest()
-        if not self.acceptance.counts or wide <= TOO_WIDE:
-            return ""
-        return (
-            f"acceptance is known to ±{wide:.2f} only, from {self.roots} rounds: about "
-            f"{self.roots * (wide / TOO_WIDE) ** 2:.0f} make it ±{TOO_WIDE}. Give more prompts or "
-            f"more --max-new-tokens."
-        )
+    def doubts(self) -> list[str]:
+        """Returns a sentence for each thing that is known too badly to plan by."""
+        found, wide = [], self.acceptance.widest()
+        if self.acceptance.counts and wide > TOO_WIDE:
+            found.append(
+                f"Acceptance is known to ±{wide:.2f} only, from {self.roots} rounds: about "
+                f"{self.roots * (wide / TOO_WIDE) ** 2:.0f} make it ±{TOO_WIDE}. Give more prompts "
+                f"or more --max-new-tokens."
+            )
+        if self.costs.spread > TOO_NOISY:
+            found.append(
+                f"The times of passes scatter by {self.costs.spread:.0%} on this machine just now, "
+                f"and forecasts with them. Plan again when it has nothing else to do."
+            )
+        return found
 
 
 def calibrate(
@@ -111,7 +118,8 @@ def calibrate(
     acceptance = Acceptance()
     shadows: list[Shadow] = []
     answers: list[Result] = []
-    plain = lm.generate(prompts[0], hierarchy=AR, max_new_tokens=PLAIN_TOKENS, learn=False)
+    usual = min(prompts, key=lambda ids: abs(len(ids) - context))
+    plain = lm.generate(usual, hierarchy=AR, max_new_tokens=PLAIN_TOKENS, learn=False)
     for number, ids in enumerate(prompts, 1):
         tell(f"answer {number} of {len(prompts)}")
         answer = lm.generate(ids, hierarchy=HD, max_new_tokens=max_new_tokens, learn=False)
@@ -122,7 +130,7 @@ def calibrate(
         raise UsageError("the model answers none of these prompts with two tokens. Give others.")
     passes = sum(answer.passes for answer in answers)
     ask_s = sum(map(_besides, answers)) / passes - _besides(plain) / max(plain.passes, 1)
-    costs = replace(costs, step_s=own_work_s(plain, costs), ask_s=max(ask_s, 0.0))
+    costs = replace(fitted(costs, plain), ask_s=max(ask_s, 0.0))
     roots = sum(shadow.count(acceptance) for shadow in shadows)
     found = Calibration(costs, acceptance, shadows, roots)
     yielded = sum(answer.committed for answer in answers) / passes
@@ -158,18 +166,24 @@ def prompt_cost(lm: LM, models: Sequence[str]) -> dict[str, float]:
     return found
 
 
-def own_work_s(plain: Result, costs: CostTable) -> float:
-    """Returns what the engine itself takes for a step: a pass of plain decoding less its layers.
+def fitted(costs: CostTable, plain: Result) -> CostTable:
+    """Returns costs as plain decoding proves them.
+
+    Passes in earnest take longer than the least time of a pass alone, in proportion to what they
+    read. That is a factor to all of them; were it the engine's own work, every step of a shallow
+    exit would be charged with what befell thirty layers.
 
     Args:
-        plain: of plain decoding.
         costs: of passes alone.
+        plain: of plain decoding.
     """
     if not plain.passes:
-        return 0.0
+        return costs
     bare = costs.plain_s - costs.step_s
+    slower = sum(level.time_s for level in plain.levels) / plain.passes / bare
+    own = _besides(plain) / plain.passes
     # More than that is a machine that did something else just then.
-    return min(max(plain.decode_s / plain.passes - bare, 0.0), MOST_OWN_WORK * bare)
+    return replace(costs.times(slower), step_s=min(own, MOST_OWN_WORK * bare * slower))
 
 
 def _besides(result: Result) -> float:

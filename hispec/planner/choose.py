@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 #: Nodes of the databases' trees that are tried besides the preset's.
 NODES = (4, 8, 16, 24)
-#: Windows of an exit that ranks.
-RANKING_WINDOWS = (1, 2, 4)
+#: Windows of an exit that ranks the databases' tree, and of one that prunes it.
+RANKING_WINDOWS, PRUNING_WINDOWS = (1, 2, 4), (2, 4)
 #: The longest window of a strict exit.
 MAX_WINDOW = 8
 #: Chains that are forecast again by replay.
@@ -87,7 +87,7 @@ def _levels(exits: Sequence[int], models: Sequence[str]) -> list[Level]:
 
 
 def shapes(lm: LM, exits: Sequence[int], models: Sequence[str] = ()) -> list[Hierarchy]:
-    """Returns plain decoding, the presets, and the trees and ranking levels that are tried."""
+    """Returns plain decoding, the presets, and the trees and levels over them that are tried."""
     found = {"ar": AR}
     for name in ("layerskip", "hispec", "hd"):
         preset = lm.hierarchy(name)
@@ -101,10 +101,11 @@ def shapes(lm: LM, exits: Sequence[int], models: Sequence[str] = ()) -> list[Hie
         found[f"tree{nodes}"] = Hierarchy((), f"tree{nodes}", sources, nodes)
     found["chain8"] = Hierarchy((), "chain8", sources, 8, branches=False)
     for level in _levels(exits, models):
-        for window in RANKING_WINDOWS:
-            name = f"tree12+{_short(level)}x{window}"
-            levels = (replace(level, window=window, ranks=True),)
-            found[name] = Hierarchy(levels, name, sources, 12)
+        for ranks, sign, windows in ((True, "+", RANKING_WINDOWS), (False, "-", PRUNING_WINDOWS)):
+            for window in windows:
+                name = f"tree12{sign}{_short(level)}x{window}"
+                levels = (replace(level, window=window, ranks=ranks),)
+                found[name] = Hierarchy(levels, name, sources, 12)
     return list(found.values())
 
 

@@ -15,7 +15,7 @@ Nothing here runs a model: :mod:`hispec.planner.costs` fills such a table by mea
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -82,6 +82,22 @@ class CostTable:
     def plain_s(self) -> float:
         """Seconds a token of plain decoding."""
         return self.pass_s(TARGET, 0, 1)
+
+    def times(self, factor: float) -> CostTable:
+        """Returns the table of passes that take ``factor`` times as long; the rest stays."""
+
+        def slower(table: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+            return {name: [factor * time for time in row] for name, row in table.items()}
+
+        return replace(
+            self,
+            call_s=[factor * time for time in self.call_s],
+            layer_s=[factor * time for time in self.layer_s],
+            heads_s=slower(self.heads_s),
+            round_s={name: factor * time for name, time in self.round_s.items()},
+            models_s=slower(self.models_s),
+            prompt_s={name: factor * time for name, time in self.prompt_s.items()},
+        )
 
     def relative(self) -> list[float]:
         """Returns the target's passes by rows, relative to one row; never falling, 0 for none."""

@@ -30,15 +30,16 @@ from hispec_kernels import top_k
 WIDTHS = (1, 2, 4, 8, 16, MAX_WIDTH)
 HEAD_WIDTHS = (1, 2, 4, 8, MAX_WIDTH)
 CONTEXT = 256
-REPEATS = 5
-#: After so much time two repeats are enough: the first text waits for this, and the prices of rows
-#: follow ordinary passes afterwards.
+#: How often everything is timed: for a plan, and for a first text, which waits for it. Prices of
+#: rows follow ordinary passes afterwards.
+THOROUGH, REPEATS = 15, 5
+#: Seconds after which two repeats are enough for a first text.
 PATIENCE_S = 0.4
 LEVEL_ROWS = 4
 #: Tokens that a round commits: what a head with a memory has to catch up on at the next root.
 CAUGHT_UP = 2
 
-#: What was measured: the least time, and the median of all.
+#: What was measured: the usual time, and how far the median lies above the least, relative.
 Times = tuple[float, float]
 
 
@@ -104,17 +105,15 @@ def cost_table(
         anew: measure now, whatever is remembered.
     """
     context = max(min(context, model.config.max_positions - MAX_WIDTH), 2)
-    patience = math.inf if anew else PATIENCE_S
+    effort = (THOROUGH, math.inf) if anew else (REPEATS, PATIENCE_S)
     passes = remembered(
-        *("passes", model, lambda: measure(model, context, patience), f"{context}|{WIDTHS}"),
+        *("passes", model, lambda: measure(model, context, effort), f"{context}|{WIDTHS}"),
         anew=anew,
     )
     if anew:
         keep_price_slope(model, 1.0)  # what corrected the old table
     short, layers = passes["short"], model.config.num_layers
-    scatter = [
-        median / least - 1 for row in ("few", "all", "head") for least, median in passes[row]
-    ]
+    scatter = [spread for row in ("few", "all", "head") for _, spread in passes[row]]
     few, whole, head = (
         filled({width: times[0] for width, times in zip(WIDTHS, passes[row], strict=True)})
         for row in ("few", "all", "head")
@@ -127,7 +126,7 @@ def cost_table(
     depths, heads_s, round_s = {}, {}, {}
     for exit_layer in sorted(heads):
         name = f"exit {exit_layer}"
-        own = partial(measure_head, model, heads[exit_layer], exit_layer, context, patience)
+        own = partial(measure_head, model, heads[exit_layer], exit_layer, context, effort)
         key = f"{label}|{exit_layer}|{context}|{HEAD_WIDTHS}"
         found = remembered("heads", model, own, key, anew=anew) if label else own()
         heads_s[name] = filled(
@@ -146,17 +145,17 @@ def cost_table(
     )
 
 
-def measure(model: Llama, context: int, patience: float) -> dict[str, int | list[Times]]:
+def measure(model: Llama, context: int, effort: tuple[int, float]) -> dict[str, int | list[Times]]:
     """Returns seconds of passes through few layers and through all, and of the head, by width.
 
     Args:
         model: the target.
         context: positions before them.
-        patience: see :func:`in_turn`.
+        effort: repeats and patience, see :func:`in_turn`.
 
     Returns:
         ``short``, the number of layers in ``few``; and ``few``, ``all`` and ``head``: for each of
-        ``WIDTHS`` the least time and the median of several, taken in turn.
+        ``WIDTHS`` the usual time and how it scatters.
     """
     layers = model.config.num_layers
     short = max(1, layers // 8)
@@ -174,13 +173,13 @@ def measure(model: Llama, context: int, patience: float) -> dict[str, int | list
             tasks["all", width] = partial(through, layers, width)
             tasks["few", width] = partial(through, short, width)
             tasks["head", width] = partial(_head_alone, model, rows[:width])
-        times = in_turn(tasks, partial(_plain_pass, model, context, kv), patience)
+        times = in_turn(tasks, partial(_plain_pass, model, context, kv), *effort)
     found = {row: [times[row, width] for width in WIDTHS] for row in ("few", "all", "head")}
     return {"short": short, **found}
 
 
 def measure_head(
-    model: Llama, head: ExitHead, exit_layer: int, context: int, patience: float
+    model: Llama, head: ExitHead, exit_layer: int, context: int, effort: tuple[int, float]
 ) -> dict[str, list[Times]]:
     """Returns seconds of an exit's head over ``HEAD_WIDTHS`` rows, and over one at a new root."""
     layers = model.config.num_layers
@@ -197,7 +196,7 @@ def measure_head(
             ("rows", width): partial(logits, width, context) for width in HEAD_WIDTHS
         }
         tasks["root", 1] = partial(logits, 1, context - CAUGHT_UP)
-        times = in_turn(tasks, partial(_plain_pass, model, context, cache.kv), patience)
+        times = in_turn(tasks, partial(_plain_pass, model, context, cache.kv), *effort)
         head.truncate(0)
     return {"rows": [times["rows", width] for width in HEAD_WIDTHS], "root": [times["root", 1]]}
 
@@ -223,20 +222,25 @@ def _picked(found: Found) -> float:
 def in_turn(
     tasks: Mapping[tuple[str, int], Callable[[], float]],
     between: Callable[[], None],
+    repeats: int,
     patience: float,
 ) -> dict[tuple[str, int], Times]:
-    """Returns the least and the median time of each task, one after the other several times.
+    """Returns the time of each task, one after the other several times, and how it scatters.
+
+    Of a few timings the least is what a pass takes when nothing befalls it. Of many the median is
+    what it usually takes, and steadier.
 
     Args:
         tasks: what to time.
         between: run before each, untimed. In a round a pass of the target comes between an exit's
             runs; without one, an exit's few layers and its head (30 MB) stay in the caches, and it
             seems to cost half of what it does.
+        repeats: how often.
         patience: seconds after which no further round begins, if each task was timed twice.
     """
     begun = time.perf_counter()
     times: dict[tuple[str, int], list[float]] = {key: [] for key in tasks}
-    for repeat in range(REPEATS + 1):
+    for repeat in range(repeats + 1):
         if repeat > 2 and time.perf_counter() - begun > patience:
             break
         for key, task in tasks.items():
@@ -245,4 +249,5 @@ def in_turn(
             task()
             if repeat:  # the first round warms up
                 times[key].append(time.perf_counter() - started)
-    return {key: (min(row), statistics.median(row)) for key, row in times.items()}
+    usual = statistics.median if repeats >= THOROUGH else min
+    return {key: (usual(row), statistics.median(row) / min(row) - 1) for key, row in times.items()}

@@ -9,7 +9,6 @@ the same.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hispec.errors import CheckpointError, HispecError, UsageError
+from hispec.errors import CheckpointError, UsageError
+from hispec.files import write_whole
 from hispec.hierarchy import Hierarchy
 from hispec.model.device import dtype_name
 from hispec.model.measured import machine
@@ -60,8 +60,8 @@ class Plan:
         """
         hierarchy = Hierarchy.load(path)
         record = json.loads(path.read_text()).get("plan", {})
-        if not isinstance(record.get("made_for", {}), dict):
-            raise UsageError(f"{path}: made_for must be an object.")
+        if not isinstance(record, dict) or not isinstance(record.get("made_for", {}), dict):
+            raise UsageError(f"{path}: plan, and made_for in it, must be objects.")
         return Plan(hierarchy, record)
 
     def save(self, path: Path) -> None:
@@ -70,14 +70,8 @@ class Plan:
         Raises:
             HispecError: it cannot be written.
         """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-            document = {**self.hierarchy.to_json(), "plan": dict(self.record)}
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
-            temporary.replace(path)
-        except OSError as error:
-            raise HispecError(f"cannot write {path}: {error.strerror or error}.") from None
+        document = {**self.hierarchy.to_json(), "plan": dict(self.record)}
+        write_whole(path, json.dumps(document, indent=1) + "\n")
 
     def misfit(self, lm: LM) -> str:
         """Returns what this plan was made for that is another here, as a phrase; empty if nothing.

@@ -15,25 +15,25 @@ pages.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hispec.files import disk_errors, replacing
 from hispec.sources.fingerprint import DatabaseError
 from hispec.sources.ngrams import LONGEST, WIDTH, Records, count_each, merge, rows
 from hispec.sources.store import Store, Writer
 
 RUN_TOKENS = 1 << 20
 RANGE_RECORDS = 1 << 22
+_disk_errors = partial(disk_errors, error=DatabaseError)
 
 
 class Builder:
@@ -61,7 +61,7 @@ class Builder:
         self._longest = longest
         self._folder = out.parent / f".{out.name}.build"
         self._lock = FileLock(self._folder / "lock")
-        with _writing(out):
+        with _disk_errors(out):
             self._folder.mkdir(parents=True, exist_ok=True)
             try:
                 self._lock.acquire(timeout=0.5)
@@ -73,7 +73,7 @@ class Builder:
         self._waiting: list[Sequence[int]] = []
         self._waiting_tokens = 0
         self.num_texts = self.num_tokens = 0
-        with _writing(out):
+        with _disk_errors(out):
             self._resume(dict(plan) | {"longest": longest, "run": RUN_TOKENS})
 
     def _resume(self, plan: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ class Builder:
         self._waiting.extend(texts)
         self._waiting_tokens += sum(map(len, texts))
         if self._waiting_tokens >= RUN_TOKENS:
-            with _writing(self._out):
+            with _disk_errors(self._out):
                 self._write_run()
 
     def _write_run(self) -> None:
@@ -126,9 +126,8 @@ class Builder:
             "num_texts": self.num_texts,
             "num_tokens": self.num_tokens,
         }
-        temporary = self._folder / "journal.part"
-        temporary.write_text(json.dumps(journal), encoding="utf-8")
-        os.replace(temporary, self._folder / "journal.json")
+        with replacing(self._folder / "journal.json", alone=True) as temporary:
+            temporary.write_text(json.dumps(journal), encoding="utf-8")
 
     def finish(self, facts: Mapping[str, str | int], *, least: int, width: int) -> None:
         """The store is there, and nothing else.
@@ -141,7 +140,7 @@ class Builder:
         Raises:
             DatabaseError: there was no text.
         """
-        with _writing(self._out):
+        with _disk_errors(self._out):
             self._finish(facts, least=least, width=width)
 
     def _finish(self, facts: Mapping[str, str | int], *, least: int, width: int) -> None:
@@ -187,19 +186,6 @@ class Builder:
         self._lock.release()
 
 
-@contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Inside, a disk that is full or cannot be written raises ``DatabaseError``."""
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise DatabaseError(
-            f"{out} cannot be written ({error.strerror or error}). "
-            f"{'Make room, or give' if full else 'Give'} another --out."
-        ) from error
-
-
 def _read(run: Path, first: int, end: int) -> Records:
     """Some records of a run. Read, not mapped: mapped pages would pile up with the runs."""
 
@@ -221,14 +207,14 @@ def merge_stores(stores: Sequence[Store], out: Path) -> None:
     Raises:
         DatabaseError: the disk is full or cannot be written.
     """
-    with _writing(out):
+    with _disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
     width = max(store.fact("width", WIDTH) for store in stores)
     parts = max(sum(len(store.counts) for store in stores) // RANGE_RECORDS, 1)
     bounds = [(part << 64) // parts for part in range(1, parts)]
     cuts = [_cuts(store.counts.keys, bounds) for store in stores]
     with (
-        _writing(out),
+        _disk_errors(out),
         tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as folder,
     ):
         writer = Writer(Path(folder))

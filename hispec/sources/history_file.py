@@ -18,8 +18,10 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from hispec.model.store import cache_dir
 from hispec.sources.fingerprint import DatabaseError, check
@@ -124,25 +126,38 @@ def _foreign(path: Path, what: str) -> str:
 
 def tokenizer_of(file: sqlite3.Connection) -> str:
     """Returns the fingerprint an open history was made with."""
-    (value,) = file.execute("select value from facts where name = 'tokenizer'").fetchone()
-    return str(value)
+    return str(_row(file, "select value from facts where name = 'tokenizer'")[0])
 
 
 def generation(file: sqlite3.Connection) -> int:
     """Returns a number that changes whenever texts move into the counts."""
-    return int(file.execute("select generation from counts").fetchone()[0])
+    return int(_row(file, "select generation from counts")[0])
 
 
 def read_counts(file: sqlite3.Connection) -> Counts:
     """Returns the counts, without the texts that wait."""
-    blobs = file.execute(f"select {', '.join(COLUMNS)} from counts").fetchone()
-    return Counts(*(np.frombuffer(b, DTYPES[n]) for n, b in zip(COLUMNS, blobs, strict=True)))
+    blobs = _row(file, f"select {', '.join(COLUMNS)} from counts")
+    return Counts(*(_array(b, DTYPES[n]) for n, b in zip(COLUMNS, blobs, strict=True)))
 
 
 def waiting(file: sqlite3.Connection, seen: int = 0) -> list[tuple[int, list[int]]]:
     """Returns the texts not counted yet, numbered, past the number ``seen``."""
     found = file.execute("select id, tokens from texts where id > ? order by id", (seen,))
-    return [(number, np.frombuffer(tokens, np.uint32).tolist()) for number, tokens in found]
+    return [(number, _array(tokens, np.uint32).tolist()) for number, tokens in found]
+
+
+def _row(file: sqlite3.Connection, query: str) -> Sequence[Any]:
+    found = file.execute(query).fetchone()
+    if found is None:
+        raise sqlite3.DatabaseError("a row is missing")
+    return found
+
+
+def _array(blob: Any, dtype: DTypeLike) -> NDArray:
+    try:
+        return np.frombuffer(blob, dtype)
+    except (TypeError, ValueError) as error:
+        raise sqlite3.DatabaseError("an array is cut short") from error
 
 
 def add_texts(path: Path, tokenizer: str, outputs: Sequence[Sequence[int]]) -> None:

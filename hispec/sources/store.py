@@ -7,17 +7,17 @@ shared by all processes. The header says which tokenizer the ids belong to.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hispec.files import replacing
 from hispec.sources.fingerprint import DatabaseError, check
 from hispec.sources.ngrams import COLUMNS, DTYPES, Counts, buckets
 
@@ -56,7 +56,8 @@ class Store:
                 (length,) = header[name]["shape"]
                 dtype = DTYPES[name]
                 right = header[name]["dtype"] == _NAMES[dtype]
-                right = right and high - low == length * dtype.itemsize and not low % dtype.itemsize
+                right = right and low >= 0 and low % dtype.itemsize == 0
+                right = right and type(length) is int and high - low == length * dtype.itemsize
             except (KeyError, TypeError, ValueError):
                 right = False
             if not right or start + high > size:
@@ -77,8 +78,15 @@ class Store:
             raise DatabaseError(_damaged(self.path))
 
     def fact(self, name: str, default: int = 0) -> int:
-        """Returns a number of the header."""
-        return int(self.facts.get(name, default))
+        """Returns a number of the header.
+
+        Raises:
+            DatabaseError: it is none.
+        """
+        try:
+            return int(self.facts.get(name, default))
+        except (TypeError, ValueError):
+            raise DatabaseError(_damaged(self.path)) from None
 
 
 class Writer:
@@ -131,7 +139,7 @@ class Writer:
             offset += num_bytes
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
-        with atomic(path) as out:
+        with replacing(path, sync=True) as temporary, open(temporary, "wb") as out:
             out.write(len(raw).to_bytes(8, "little") + raw)
             for name in list(header)[1:]:
                 with open(self._paths[name], "rb") as part:
@@ -155,20 +163,6 @@ def write(path: Path, counts: Counts, facts: Mapping[str, str | int]) -> None:
             writer.finish(path, facts)
         finally:
             writer.close()
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under its name when it is whole and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _read_header(path: Path) -> tuple[dict, int]:

@@ -51,6 +51,9 @@ def test_it_plans_measures_and_saves(plan: Any, tmp_path: Path, cache_home: Path
     record = made.record
     alternatives = {entry["hierarchy"]["name"]: entry for entry in record["alternatives"]}
     assert {"ar", "layerskip", "hispec", "hd", record["chosen"]} <= set(alternatives)
+    tried = [Hierarchy.from_json(entry["hierarchy"]) for entry in alternatives.values()]
+    over = [shape.levels[0].ranks for shape in tried if shape.sources and shape.levels]
+    assert {True, False} <= set(over), "levels that rank databases' trees and levels that prune"
     assert alternatives["ar"]["predicted_speedup"] == pytest.approx(1)
     measured = {name: x["measured"] for name, x in alternatives.items() if x["measured"]}
     assert measured.pop("ar")["speedup"] == 1.0

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,10 +17,13 @@ import torch
 from torch import Tensor
 
 from helpers.interpreter import exact_dots
+from hispec.generation import LM
 from hispec.model import graphs
 from hispec.model.block import Block
 from hispec.model.cache import KVCache
+from hispec.model.checkpoint import open_checkpoint
 from hispec.model.config import ModelConfig
+from hispec.model.exits import Exits
 from hispec.model.gpu import gpu_passes
 from hispec.model.linear import Linear
 from hispec.model.llama import Llama
@@ -73,6 +77,20 @@ def random_llama(dtype: torch.dtype, max_positions: int = CONFIG.max_positions) 
     assert passes is not None, why
     model.narrow, model.why_not_native = passes, ""
     return model
+
+
+def open_gpu_lm(folder: Path, exits: Exits | None = None) -> LM:
+    """A saved model in fp32 on the GPU's passes; nothing ends its texts."""
+    exact_dots()
+    checkpoint = open_checkpoint(folder)
+    with torch.inference_mode():
+        model = Llama.load(checkpoint, torch.float32, DEVICE, layout="plain")
+        passes, why = gpu_passes(model.config, model.rotary, torch.float32, DEVICE, model.blocks[0])
+        assert passes is not None, why
+        model.narrow, model.why_not_native = passes, ""
+    lm = LM(checkpoint, model, exits)
+    lm.eos = frozenset()  # a random model ends its texts at random
+    return lm
 
 
 def past_of(model: Llama, length: int) -> KVCache:

@@ -22,7 +22,6 @@ from hispec_training import distill
 from hispec_training.answers import read_distilled, shards_of
 from hispec_training.data import DataError
 from hispec_training.decode import Request
-from hispec_training.files import write_atomically
 from hispec_training.plan import plan_rows
 from hispec_training.shard_cache import ShardCache
 from hispec_training.shards import build_shards, find_states, read_examples
@@ -233,6 +232,15 @@ def test_a_file_of_others_is_not_written(tiny_llama, prompt_file, tmp_path, more
     assert out.read_text() == "mine"
 
 
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"run": 5}'])
+def test_damaged_provenance_is_one_sentence(tiny_llama, prompt_file, tmp_path, text):
+    out = tmp_path / "d.jsonl"
+    shards_of(out).mkdir()
+    (shards_of(out) / "provenance.json").write_text(text)
+    with pytest.raises(UsageError, match=r"provenance.json, which says how d.jsonl was begun, is"):
+        distill.main(arguments(tiny_llama, prompt_file, out, "--resume"))
+
+
 def stop_at(monkeypatch, number):
     """Ctrl-C comes while shard ``number`` (from 0) of the following runs is decoded."""
     done, decode = [], distill.decode_shard
@@ -282,20 +290,6 @@ def test_plain_text_is_cut_to_a_prefix(checkpoint):
     plan = {"seed": 0, "sampled_fraction": 0.0, "temperatures": [1.0], "max_prompt_tokens": 300}
     rows, counts = plan_rows(records, checkpoint.tokenizer, **plan)
     assert len(rows[0].prompt_ids) == 64 and not counts
-
-
-def test_a_full_disk_keeps_what_was_there(tmp_path, monkeypatch):
-    target = tmp_path / "a.jsonl"
-    target.write_text("before")
-
-    def full(fd):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(HispecError, match="No space left"):
-        write_atomically(target, "after")
-    assert target.read_text() == "before"
-    assert list(tmp_path.iterdir()) == [target]
 
 
 def test_reading_what_is_not_there(tmp_path):

@@ -1,4 +1,5 @@
 import argparse
+import errno
 import json
 
 import pytest
@@ -6,8 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from training.exit_setup import EXITS, make_cache, make_exits
 
-from hispec.errors import CheckpointError, UsageError
+from hispec.errors import CheckpointError, HispecError, UsageError
 from hispec.model.checkpoint import open_checkpoint
+from hispec.model.exits import Exits
+from hispec_training import export
 from hispec_training.export import TrainedExits, load_into
 
 TABLE = {
@@ -120,6 +123,12 @@ def test_another_base_is_refused_unless_forced(saved, make_llama):
 
 def test_damage_and_absence_are_one_sentence(saved, checkpoint, tmp_path):
     _, folder = saved
+    config, given = folder / "config.json", (folder / "config.json").read_text()
+    for key, value in (("exits", 5), ("exits", [5]), ("base", 5), ("hierarchies", [])):
+        config.write_text(json.dumps({**json.loads(given), key: value}))
+        with pytest.raises(CheckpointError, match=r"config\.json is damaged"):
+            Exits.open(folder)
+    config.write_text(given)
     with pytest.raises(UsageError, match="no exits in"):
         TrainedExits.from_pretrained(tmp_path, checkpoint)
     file = folder / "exit_2.safetensors"
@@ -223,7 +232,9 @@ def test_the_engine_drafts_with_what_was_trained(checkpoint, tmp_path, spec):
         head.truncate(root)
 
 
-def test_measured_acceptance_is_written_into_the_folder(saved, checkpoint, tmp_path, capsys):
+def test_measured_acceptance_is_written_into_the_folder(
+    saved, checkpoint, tmp_path, capsys, monkeypatch
+):
     from hispec_training import measure
 
     exits, folder = saved
@@ -246,3 +257,14 @@ def test_measured_acceptance_is_written_into_the_folder(saved, checkpoint, tmp_p
     assert (folder / "exit_2.safetensors").read_bytes() == weights
     revived = measure.revive(TrainedExits.from_pretrained(folder, checkpoint), checkpoint)
     assert torch.equal(revived.vocab_ids(2), exits.vocab_ids(2))
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "replacing", full)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(HispecError, match=f"cannot write {folder} .No space left") as caught:
+        measure.main(args)
+    assert "\n" not in str(caught.value) and "tables are printed" in str(caught.value)
+    assert json.loads(capsys.readouterr().out) == tables
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before

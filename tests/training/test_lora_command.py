@@ -77,7 +77,7 @@ def test_a_disk_full_at_the_end_keeps_what_was_trained(make_llama, tmp_path, cap
             patch.setattr(name, no_room)
             assert hispec(command(folder, out, "--resume")) == 1
         said = capsys.readouterr().err.splitlines()[-1]
-        assert said.startswith(f"hispec: Cannot write {out}") and "No space left" in said
+        assert said.startswith(f"hispec: cannot write {out}") and "No space left" in said
         assert said.endswith("run again with --resume.")
     assert hispec(command(folder, out, "--resume")) == 0
     assert (out / "report" / "curves.png").exists()

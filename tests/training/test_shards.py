@@ -3,11 +3,12 @@ import json
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from training.exit_setup import EXITS, make_cache, make_examples
 
 from hispec.errors import HispecError, UsageError
 from hispec.model.checkpoint import open_checkpoint
-from hispec_training import shards
+from hispec_training import files, shards
 from hispec_training.batches import (
     collate,
     draw_roots,
@@ -118,14 +119,23 @@ def test_cache_is_bounded(checkpoint, tmp_path):
     assert len(bounded.paths) == 2
 
 
-def test_full_disk_says_so(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+    ],
+)
+def test_full_disk_says_so(checkpoint, tmp_path, monkeypatch, error):
     def no_room(*_):
-        raise OSError(28, "No space left on device")
+        raise error
 
-    monkeypatch.setattr(shards, "save_file", no_room)
-    with pytest.raises(HispecError, match="disk is full after 0 shards"):
+    monkeypatch.setattr(files, "save_file", no_room)
+    with pytest.raises(HispecError, match=r"No space left.*: 0 of \d+ shards were written"):
         make_cache(tmp_path, checkpoint)
-    assert not list(tmp_path.glob("*.part"))
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".part")]
 
 
 def test_rows_are_read_cut_and_counted(tmp_path):
@@ -147,6 +157,8 @@ def test_rows_are_read_cut_and_counted(tmp_path):
     [
         ('{"prompt": "hi"}\n{}\n', "line 1: a row needs prompt_ids and response_ids, found prompt"),
         ("not json\n\n\n", "line 1"),
+        ('{"prompt_ids": [1], "response_ids": ["a"]}\n{}\n', "line 1: .*, lists of token ids"),
+        ('{"prompt_ids": 1, "response_ids": [1]}\n{}\n', "line 1: .*, lists of token ids"),
         ('{"prompt_ids": [], "response_ids": [1]}\n', "No usable example"),
     ],
 )

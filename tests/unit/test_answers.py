@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -13,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from hispec import answers
 from hispec.cli import main
+from hispec.files import append_whole
 
 ROOT = Path(__file__).parents[2]
 
@@ -108,6 +111,68 @@ def test_rows_that_are_no_text(folder, tmp_path, capsys) -> None:
     assert all("surrogate" in row["error"] for row in rows[1:4])
     said = capsys.readouterr().err
     assert all(f"line {number}: " in said for number in range(1, 5))
+
+
+def test_a_file_from_windows(folder, tmp_path, capsys) -> None:
+    source, plain = tmp_path / "prompts.jsonl", prompts(tmp_path / "plain.jsonl", 2)
+    source.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes().replace(b"\n", b"\r\n"))
+    assert main(command(folder, source, tmp_path / "a")) == 0, capsys.readouterr().err
+    assert main(command(folder, plain, tmp_path / "b")) == 0
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"prompt,category\nhello,chat\n" * 99, "Line 1: not JSON"),
+        (b'[{"prompt": "hi"}]\n', "Line 1: not an object"),
+        ('{"prompt": "hi"}\n'.encode("utf-16"), "Line 1: not UTF-8"),
+        (b"\x1f\x8b\x08\x00\xff", "Line 1: not UTF-8"),
+        (b"\xef\xbb\xbf", "has no prompts.\n"),
+        (b"\r\n\n", "has no prompts.\n"),
+        (b'\n{"Prompt": "hi"}\n', "Line 2: a prompt has one of"),
+    ],
+)
+def test_a_file_without_prompts_needs_no_model(tmp_path, capsys, content, why) -> None:
+    source = tmp_path / "prompts.jsonl"
+    source.write_bytes(content)
+    assert main(command(tmp_path / "no model", source, tmp_path / "answers")) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"hispec: {source} has no prompts.") and why in said
+    assert said.count("\n") == 1 and not (tmp_path / "answers").exists()
+
+
+def test_a_device_keeps_no_answers(tmp_path, capsys) -> None:
+    source = prompts(tmp_path / "prompts.jsonl", 1)
+    os.mkfifo(tmp_path / "pipe")
+    for out in (Path("/dev/full"), tmp_path / "pipe"):
+        assert main(command(tmp_path / "no model", source, out)) == 2
+        assert f"{out} is a device or a pipe" in capsys.readouterr().err
+
+
+def test_a_full_disk_keeps_the_answers_before(folder, tmp_path, capsys, monkeypatch) -> None:
+    source, out = prompts(tmp_path / "prompts.jsonl", 4), tmp_path / "answers.jsonl"
+    assert main(command(folder, source, tmp_path / "whole.jsonl")) == 0
+    wanted = (tmp_path / "whole.jsonl").read_bytes()
+    calls = []
+
+    def append(path: Path, text: str) -> None:
+        calls.append(path)
+        if len(calls) == 7:  # the header, two prompts with their counts, the counts of the third
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append_whole(path, text)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(answers, "append_whole", append)
+        assert main(command(folder, source, out)) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"hispec: cannot write {out} (No space left on device): 2 of 4 prompts")
+    assert wanted.startswith(out.read_bytes()) and out.read_bytes().count(b"\n") == 2
+    assert main(command(folder, source, out)) == 0
+    assert out.read_bytes() == wanted
+    stats = lines(tmp_path / "answers.jsonl.stats.jsonl")
+    assert [entry["line"] for entry in stats[1:]] == [1, 2, 3, 4]
 
 
 def test_gzipped_prompts(folder, tmp_path, capsys) -> None:

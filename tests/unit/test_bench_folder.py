@@ -98,16 +98,43 @@ def test_a_lock_left_behind_is_no_run(tmp_path: Path) -> None:
     with create(tmp_path / "run") as folder:
         assert folder.rows == []
     (tmp_path / "file").write_text("")
-    with pytest.raises(HispecError, match="cannot write to"), create(tmp_path / "file" / "run"):
+    with pytest.raises(HispecError, match="cannot write"), create(tmp_path / "file" / "run"):
         pass
 
 
 def test_damage_is_one_sentence(tmp_path: Path) -> None:
     with create(tmp_path / "run") as folder:
         folder.append(block("a"))
-    (tmp_path / "run" / "rows.jsonl").write_text("{\n" + json.dumps(block("a")[0]) + "\n")
-    with pytest.raises(HispecError, match=r"rows.jsonl line 1 is damaged"):
-        RunFolder.open(tmp_path / "run")
-    (tmp_path / "run" / "run.json").write_text("{")
-    with pytest.raises(HispecError, match=r"run.json cannot be read"):
-        RunFolder.open(tmp_path / "run")
+    for damaged in (b"{", b"5", b"\xff\xfe", b"{}", b"[" * 99_999, b""):
+        whole = json.dumps(block("a")[0]).encode()
+        (tmp_path / "run" / "rows.jsonl").write_bytes(damaged + b"\n" + whole + b"\n")
+        with pytest.raises(HispecError, match=r"rows.jsonl line 1 is damaged"):
+            RunFolder.open(tmp_path / "run")
+    for text, words in (
+        ("{", "cannot be read"),
+        ("", "cannot be read"),
+        ("[]", "holds no run of this version"),
+        ('{"format": "hispec-bench-1"}', "run.json is damaged"),
+    ):
+        (tmp_path / "run" / "run.json").write_text(text)
+        with pytest.raises(HispecError, match=words):
+            RunFolder.open(tmp_path / "run")
+
+
+def test_a_full_disk_leaves_whole_rows(tmp_path: Path) -> None:
+    resource = pytest.importorskip("resource", reason="limits a file's size")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with create(tmp_path / "run") as folder:
+        folder.append(block("a"))
+        size = (tmp_path / "run" / "rows.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, limits[1]))
+        try:
+            with pytest.raises(
+                HispecError, match=r"rows.jsonl \(File too large\): free some room; "
+            ):
+                folder.append(block("b"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert folder.rows == block("a") and not folder.has_block("b", 0)
+        assert (tmp_path / "run" / "rows.jsonl").stat().st_size == size
+    assert RunFolder.open(tmp_path / "run").rows == block("a")

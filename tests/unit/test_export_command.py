@@ -125,7 +125,11 @@ def test_errors_name_what_could_not_be_read_or_written(
 
     for copy, words in [
         (unreadable, f"hispec: cannot read {config}: Permission denied.\n"),
-        (full, f"hispec: cannot write {tmp_path / 'new'}: No space left on device.\n"),
+        (
+            full,
+            f"hispec: cannot write {tmp_path / 'new'} (No space left on device): free some room, "
+            "or name another place.\n",
+        ),
     ]:
         monkeypatch.setattr(shutil, "copyfile", copy)
         assert main(command) == 2
@@ -133,7 +137,7 @@ def test_errors_name_what_could_not_be_read_or_written(
     assert not (tmp_path / "new").exists() and not list(tmp_path.glob(".*"))
     command[-1] = str(config / "new")
     assert main(command) == 2
-    assert f"cannot write {config / 'new'}: Not a directory" in capsys.readouterr().err
+    assert f"cannot write {config / 'new'} (Not a directory)" in capsys.readouterr().err
 
 
 def test_in_a_pipeline(exported: Path) -> None:

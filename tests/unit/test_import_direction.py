@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 # A module may import its own rank and lower ones.
 RANKS = {
     "errors": 0,
+    "files": 1,
     "hierarchy": 1,  # a plain description; exits and engine read it
     "jsonl": 1,
     "text": 1,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import gzip
 import json
+import os
 import random
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from hispec.sources.corpus import Corpus
 from hispec.sources.fingerprint import fingerprint
 from hispec.sources.history import History
 from hispec.sources.history_file import add_texts, default_path, reading, records_of, waiting
-from hispec.sources.ngrams import count
+from hispec.sources.ngrams import COLUMNS, count
 from hispec.sources.store import Store
 
 ANSWERS = [{"prompt_ids": [9, 9, 9], "response_ids": [1, 2, 3, 4]} for _ in range(3)]
@@ -163,7 +165,7 @@ def test_a_full_disk_is_one_sentence(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert code == 1 and said.count("\n") == 1
-        assert f"{tmp_path / 'out'} cannot be written (File too large)" in said
+        assert f"cannot write {tmp_path / 'out'} (File too large)" in said
     code, _, said = ngrams(*arguments)
     assert code == 0, said
     resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, limits[1]))
@@ -171,7 +173,7 @@ def test_a_full_disk_is_one_sentence(
         code, _, said = ngrams("merge", tmp_path / "out", "--out", tmp_path / "merged")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert code == 1 and "merged cannot be written (File too large)" in said
+    assert code == 1 and f"cannot write {tmp_path / 'merged'} (File too large)" in said
 
 
 def test_a_full_disk_asks_for_room(
@@ -183,7 +185,7 @@ def test_a_full_disk_asks_for_room(
     monkeypatch.setattr(build, "count_each", full)
     rows = lines(tmp_path / "answers.jsonl", ANSWERS)
     code, _, said = ngrams("build", "--out", tmp_path / "out", "--data", rows, "--kind", "history")
-    assert code == 1 and "(No space left on device). Make room" in said
+    assert code == 1 and "(No space left on device): free some room" in said
 
 
 def test_merging(ngrams: Any, tmp_path: Path) -> None:
@@ -231,6 +233,10 @@ def test_an_interrupted_build_goes_on(
         ({"--data": "bytes.txt"}, 2, "not UTF-8"),
         ({"--data": "broken.jsonl"}, 2, "line 2 is not JSON"),
         ({"--data": "fields.jsonl"}, 2, "has none of text"),
+        ({"--data": "half.jsonl"}, 2, r"half.jsonl line 2: a text has \\ud800, half of a"),
+        ({"--data": "chat.jsonl"}, 2, "chat.jsonl line 1: messages should be objects, got 'hi'"),
+        ({"--data": "ids.jsonl", "--kind": "history"}, 2, "ids.jsonl line 1: .*token ids, got 'a'"),
+        ({"--data": "below.jsonl", "--kind": "history"}, 2, "line 1: token_ids .* got '-1'"),
         ({"--data": "plain.jsonl.gz"}, 2, "cannot read .*: Not a gzipped file"),
         ({"--data": "torn.jsonl.gz"}, 2, "cannot read .*: Compressed file ended"),
         ({"--data": "flipped.jsonl.gz"}, 2, "cannot read .*: Error -3"),
@@ -240,7 +246,7 @@ def test_an_interrupted_build_goes_on(
         ({"--longest": "9"}, 2, r"in \[1, 5\]"),
         ({"--least": "0"}, 2, "at least 1"),
         ({"--limit": "0"}, 2, "at least 1"),
-        ({"--out": "a.txt/store"}, 1, "cannot be written"),
+        ({"--out": "a.txt/store"}, 1, "cannot write"),
         ({"--model": "nowhere/at/all"}, 1, "no folder"),
     ],
 )
@@ -260,6 +266,10 @@ def test_bad_input(
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text":\n')
     (tmp_path / "fields.jsonl").write_text('{"words": "a"}\n')
+    (tmp_path / "half.jsonl").write_text('{"text": "\\ud83d\\ude00"}\n{"text": "a\\ud800"}\n')
+    (tmp_path / "chat.jsonl").write_text('{"messages": ["hi"]}\n')
+    (tmp_path / "ids.jsonl").write_text('{"response_ids": [1, "a"]}\n')
+    (tmp_path / "below.jsonl").write_text('{"token_ids": [-1]}\n')
     whole = gzip.compress(b'{"text": "some text"}\n' * 9)
     (tmp_path / "plain.jsonl.gz").write_text('{"text": "a"}\n')
     (tmp_path / "torn.jsonl.gz").write_bytes(whole[:-12])
@@ -278,8 +288,59 @@ def test_corpus_needs_a_name(ngrams: Any, tmp_path: Path) -> None:
     assert code == 2 and "--out is missing" in said
 
 
+def test_a_device_is_not_replaced(ngrams: Any, tmp_path: Path) -> None:
+    rows = lines(tmp_path / "answers.jsonl", ANSWERS)
+    os.mkfifo(tmp_path / "pipe")
+    given = ["--kind", "history", "--data", rows, "--out", tmp_path / "pipe"]
+    code, _, said = ngrams("build", *given)
+    assert code == 1 and "pipe (it is no plain file): name another place" in said
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_files_that_are_none(ngrams: Any, tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("no store")
-    for name, message in (("a", "no n-gram store"), ("b", "Cannot read")):
+    rows = lines(tmp_path / "answers.jsonl", ANSWERS)
+    ngrams("build", "--kind", "history", "--data", rows, "--out", tmp_path / "store")
+    store = (tmp_path / "store").read_bytes()
+    add_texts(tmp_path / "texts", "t", [[1, 2]])
+    texts = (tmp_path / "texts").read_bytes()
+    for name, content, message in (
+        ("text", b"no store", "no n-gram store"),
+        ("empty", b"", "no n-gram store"),
+        ("list", (9).to_bytes(8, "little") + b"[1, 2, 3]", "no n-gram store"),
+        ("torn", store[:-9], "truncated or damaged"),
+        ("head", store[:40], "beginning is damaged"),
+        ("number", store.replace(b'"num_texts":"3"', b'"num_texts":"x"'), "truncated or damaged"),
+        ("sqlite", b"SQLite", "no history of hispec or damaged"),
+        ("cut", texts[:5000], "damaged"),
+        ("other", sqlite_file(tmp_path / "a", "create table t (x)"), "no history of hispec"),
+        ("bare", sqlite_file(tmp_path / "b", *WITHOUT_COUNTS), "a row is missing"),
+        (
+            "short",
+            sqlite_file(tmp_path / "texts", "insert into texts (tokens) values ('abc')"),
+            "an array is cut short",
+        ),
+    ):
+        (tmp_path / name).write_bytes(content)
         code, _, said = ngrams("info", tmp_path / name)
-        assert code == 1 and message in said
+        assert code == 1 and message in said and said.count("\n") == 1, (name, said)
+    for path in (tmp_path, tmp_path / "nothing"):
+        code, _, said = ngrams("info", path)
+        assert code == 1 and "Cannot read" in said
+
+
+WITHOUT_COUNTS = (
+    "create table facts (name, value)",
+    "insert into facts values ('format', 'hispec-history-1'), ('tokenizer', 't')",
+    f"create table counts (generation, {', '.join(COLUMNS)})",
+    "create table texts (id, tokens)",
+)
+
+
+def sqlite_file(path: Path, *statements: str) -> bytes:
+    """A database as these statements leave it."""
+    file = sqlite3.connect(path)
+    for statement in statements:
+        file.execute(statement)
+    file.commit()
+    file.close()
+    return path.read_bytes()

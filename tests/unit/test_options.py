@@ -9,9 +9,11 @@ import pytest
 
 from hispec.arguments import sampling_of
 from hispec.cli import main
-from hispec.commands.options import aliases, model_path
+from hispec.commands.options import model_path
 from hispec.errors import UsageError
+from hispec.loading import load
 from hispec.model import adapter, bundled
+from hispec.model.checkpoint import open_checkpoint
 from hispec.sampling import Sampling, stream_seed
 
 
@@ -50,12 +52,18 @@ def test_command_line(arguments, words, capsys) -> None:
     assert "/none" not in said, "the model was looked for first"
 
 
-def test_help_names_every_alias(capsys) -> None:
-    assert aliases() == [*bundled.MODELS, *adapter.SHIPPED]
+@pytest.mark.parametrize("command", ["generate", "bench", "train", "distill"])
+def test_help_names_every_alias(command, capsys) -> None:
+    aliases = bundled.aliases()
+    assert aliases == [*bundled.MODELS, *adapter.SHIPPED] and len(aliases) > 1
     with pytest.raises(SystemExit):
-        main(["generate", "--help"])
-    words = capsys.readouterr().out.split()
-    assert len(aliases()) > 1 and set(aliases()) <= set(words)
+        main([command, "--help"])
+    assert set(aliases) <= set(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("opener", [load, open_checkpoint])
+def test_docstrings_name_every_alias(opener) -> None:
+    assert all(f"``{alias}``" in opener.__doc__ for alias in bundled.aliases())
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers.lms import open_lm, save_model
 
+from hispec.engine import LevelCounts
 from hispec.hierarchy import MAX_WIDTH
 from hispec.planner import costs, devices
-from hispec.planner.calibrate import own_work_s
+from hispec.planner.acceptance import OWN, Acceptance, Key
+from hispec.planner.calibrate import Calibration, fitted
 from hispec.planner.cost_table import TARGET, CostTable, at, filled
 from hispec.result import Result
 
@@ -102,10 +105,34 @@ def test_machines_that_are_not_at_hand() -> None:
     assert all(device.source for device in devices.DEVICES.values())
 
 
-def test_the_engine_s_own_work_is_what_a_plain_pass_takes_besides() -> None:
-    made = table()
-    plain = Result(passes=10, decode_s=10 * (made.plain_s + 2))
-    assert own_work_s(plain, made) == pytest.approx(2)
-    assert own_work_s(Result(passes=10, decode_s=1.0), made) == 0
-    assert own_work_s(Result(passes=10, decode_s=1e6), made) == pytest.approx(0.2 * made.plain_s)
-    assert own_work_s(Result(), made) == 0
+def plain(passes: int, passes_s: float, decode_s: float) -> Result:
+    levels = [LevelCounts("target", passes=passes, time_s=passes_s)]
+    return Result(passes=passes, decode_s=decode_s, levels=levels)
+
+
+def test_passes_in_earnest_are_slower_in_proportion_and_the_rest_is_the_engine_s_own() -> None:
+    made = table(round_s={"exit 4": 1.0}, models_s={"small": [7.0] * ROWS}, prompt_s={"small": 0.5})
+    found = fitted(made, plain(10, 12 * made.plain_s, 12 * made.plain_s + 20))
+    assert found.step_s == pytest.approx(2)
+    bare = replace(found, step_s=0.0)
+    for name, known in (("exit 4", 0), ("exit 8", 4), (TARGET, 8), ("small", 0)):
+        assert bare.pass_s(name, known, 3) == pytest.approx(1.2 * made.pass_s(name, known, 3))
+    assert found.round_s == {"exit 4": 1.2} and found.prompt_s == {"small": 0.6}
+    assert fitted(found, plain(10, 12 * made.plain_s, 12 * made.plain_s + 20)).plain_s == (
+        pytest.approx(found.plain_s)
+    ), "what was fitted already stays"
+    stopped = fitted(made, plain(10, 10 * made.plain_s, 1e6))
+    assert stopped.step_s == pytest.approx(0.2 * made.plain_s), "a process that slept"
+    assert fitted(made, Result()) == made
+
+
+def test_what_is_known_too_badly_to_plan_by_is_said() -> None:
+    few, many = Acceptance(), Acceptance()
+    few.add(Key("exit 4", TARGET, OWN), 0, 40, 20)
+    many.add(Key("exit 4", TARGET, OWN), 0, 4000, 2000)
+    assert Calibration(table(spread=0.05), many, [], 4000).doubts() == []
+    (doubt,) = Calibration(table(spread=0.05), few, [], 40).doubts()
+    wide = float(doubt.partition("±")[2].split()[0])
+    assert wide == pytest.approx(few.widest(), abs=0.01) and "from 40 rounds" in doubt
+    (doubt,) = Calibration(table(spread=0.31), many, [], 4000).doubts()
+    assert "scatter by 31%" in doubt

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hispec.errors import HispecError, UsageError
+from hispec.errors import UsageError
+from hispec.files import write_whole
 from hispec_training.data import DataError, read_jsonl
-from hispec_training.files import write_atomically
 from hispec_training.plan import Row
 from hispec_training.shards import Example, read_note, write_states
 
@@ -61,7 +61,13 @@ class ShardFolder:
                 raise UsageError(
                     f"{place} holds an earlier run: continue it with --resume, or remove it."
                 )
-            before = json.loads(known.read_text())["run"]
+            try:
+                before = dict(json.loads(known.read_text(encoding="utf-8"))["run"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise UsageError(
+                    f"{known}, which says how {self.out.name} was begun, is damaged: remove "
+                    f"{place}, or give another --out."
+                ) from error
             now = json.loads(json.dumps(provenance["run"]))
             if changed := sorted(k for k in before.keys() | now if before.get(k) != now.get(k)):
                 raise UsageError(
@@ -75,11 +81,7 @@ class ShardFolder:
             )
         if stamp.exists():
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise HispecError(f"Cannot create {self.path}: {error.strerror}.") from error
-        write_atomically(stamp, json.dumps(provenance, indent=1) + "\n")
+        write_whole(stamp, json.dumps(provenance, indent=1) + "\n", sync=True)
 
     def is_whole(self, index: int) -> bool:
         """Whether the shard is there with exactly its rows; a damaged one is not."""
@@ -124,7 +126,7 @@ class ShardFolder:
             )
             for row, answer in zip(rows, answers, strict=True)
         ]
-        write_atomically(self.file(index), "".join(line + "\n" for line in lines))
+        write_whole(self.file(index), "".join(line + "\n" for line in lines), sync=True)
 
     def merge(self, *, stopped: bool = False) -> None:
         """``out`` holds the shards that are there, in order, and its provenance lies beside it.
@@ -136,8 +138,8 @@ class ShardFolder:
         text = "".join(part.read_text() for part in parts)
         if stopped and len(text) <= (self.out.stat().st_size if self.out.exists() else 0):
             return
-        write_atomically(self.out, text)
-        write_atomically(_beside(self.out), (self.path / "provenance.json").read_text())
+        write_whole(self.out, text, sync=True)
+        write_whole(_beside(self.out), (self.path / "provenance.json").read_text(), sync=True)
 
 
 def read_distilled(path: Path) -> Iterator[dict[str, Any]]:

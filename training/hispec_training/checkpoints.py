@@ -7,10 +7,8 @@ under the same recipe or refused.
 
 from __future__ import annotations
 
-import errno
 import io
 import math
-import os
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -21,6 +19,7 @@ import torch
 from accelerate import Accelerator
 
 from hispec.errors import HispecError
+from hispec.files import disk_errors, replacing
 
 CHECKPOINT = "checkpoint.pt"
 BEST = "best.pt"
@@ -129,27 +128,15 @@ def write_checkpoint(path: Path, state: Mapping[str, Any]) -> None:
     """The state stands under ``path`` whole, or the old one still does.
 
     Raises:
-        HispecError: The disk is full.
+        WriteError: The disk is full or the folder cannot be written.
     """
     buffer = io.BytesIO()  # torch.save to a full disk raises a RuntimeError that names nothing
     torch.save(dict(state), buffer)
-    temporary = path.with_suffix(".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        kept = "the one before it is kept" if path.exists() else "there is none before it"
-        raise HispecError(
-            f"The disk is full: checkpoint {path} of step {state['step']} could not be written, "
-            f"{kept}. Free some room and run again with --resume."
-        ) from error
+    kept = "the one before it is kept" if path.exists() else "there is none before it"
+    advice = f"{kept}, so free some room and run again with --resume"
+    what = f"checkpoint {path} of step {state['step']}"
+    with disk_errors(what, advice), replacing(path, sync=True, alone=True) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
 
 
 def check_same_run(

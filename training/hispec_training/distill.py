@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hispec.errors import UsageError
+from hispec.model.bundled import model_help
 from hispec_training.answers import ShardFolder
 from hispec_training.data import DataError, Overlap, Record, prompt_text, read_records
 from hispec_training.options import check_at_least_one, check_share, exit_layers, run, say
@@ -54,7 +55,7 @@ def decode_shard(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``parser`` knows the options of ``hispec distill``."""
     add = parser.add_argument
-    add("--model", required=True, help="hub id, folder, .gguf file or smollm2-135m")
+    add("--model", required=True, help=model_help())
     add(
         "--prompts",
         required=True,

@@ -8,22 +8,23 @@ is a model card made from both. ``hispec.model.exits`` reads the same folder to 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hispec.errors import CheckpointError, UsageError
+from hispec.files import replacing
 from hispec.model.checkpoint import Checkpoint
 from hispec.model.exits import FORMAT
 from hispec.model.exits import Exits as Record
 from hispec_training.card import model_card
 from hispec_training.exits import Exits
+from hispec_training.files import save_tensors
 from hispec_training.heads import ExitHead, HeadSpec
 from hispec_training.least_squares import start_from_neighbour
 from hispec_training.shard_cache import Texts
@@ -114,10 +115,8 @@ class TrainedExits(nn.Module):
 
         Raises:
             OSError: If the disk is full or the folder cannot be written.
-            SafetensorError: The same, met while the weights were written.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         for name, head in self.heads.items():
             tensors = _own_tensors(head)
             if (scale := tensors.pop("input_scale", None)) is not None:
@@ -127,16 +126,20 @@ class TrainedExits(nn.Module):
             if ids is not None:
                 tensors["vocab_ids"] = ids.cpu().int()
             tensors = {n: x.contiguous() for n, x in sorted(tensors.items())}
-            temporary = folder / f".exit_{name}.part"
-            try:
-                save_file(tensors, temporary, {"format": "pt"})
-                os.chmod(temporary, 0o644)  # safetensors writes 0600, no good in a package
-                os.replace(temporary, folder / f"exit_{name}.safetensors")
-            finally:
-                temporary.unlink(missing_ok=True)
-        _replace(folder / "README.md", model_card(self.record))
-        # last: a folder without it holds no exits
-        _replace(folder / "config.json", json.dumps(self.record, indent=2) + "\n")
+            save_tensors(folder / f"exit_{name}.safetensors", tensors, {"format": "pt"})
+        self.save_record(folder)
+
+    def save_record(self, folder: str | Path) -> None:
+        """The folder's config and model card are this record's; its weights stay as they are.
+
+        Raises:
+            OSError: If the disk is full or the folder cannot be written.
+        """
+        # The config is last: a folder without it holds no exits.
+        config = json.dumps(self.record, indent=2) + "\n"
+        for name, text in (("README.md", model_card(self.record)), ("config.json", config)):
+            with replacing(Path(folder) / name) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     @classmethod
     def from_pretrained(
@@ -238,12 +241,6 @@ def _local(folder: str | Path) -> Path:
             f"There is no folder {folder} here and no exits of that name could be fetched from the "
             "hub: check the spelling or the network."
         ) from error
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def donor_of(exit_layer: int, saved: TrainedExits) -> int:

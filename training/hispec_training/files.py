@@ -1,17 +1,24 @@
-"""Files that are there whole or not at all, and what the disk says as one sentence."""
+"""Reading and writing files of training: tensors whole or not at all, and what goes wrong."""
 
 from __future__ import annotations
 
+import errno
 import gzip
-import os
+import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from hispec.errors import HispecError, UsageError
+from hispec.files import disk_errors, replacing
+
+#: What to do where the results of a run cannot be written.
+RESUME = "what was trained is kept, so make room and run again with --resume"
 
 
 def read_bytes(path: Path) -> bytes:
@@ -30,24 +37,28 @@ def read_bytes(path: Path) -> bytes:
         ) from error
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """``path`` holds ``content``, or what it held before if this is interrupted.
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, sync: bool = False
+) -> None:
+    """``path`` holds the tensors, or what it held before if this is interrupted.
+
+    Args:
+        path: A safetensors file; nobody else writes it now.
+        tensors: By name.
+        metadata: For its header.
+        sync: As in `hispec.files.write_whole`.
 
     Raises:
-        HispecError: The disk is full or the folder cannot be written.
+        OSError: The disk is full or the folder cannot be written.
     """
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise HispecError(f"Cannot write {path}: {error.strerror or error}.") from error
+    with replacing(path, sync=sync, alone=True) as temporary:
+        try:
+            save_file(dict(tensors), temporary, dict(metadata))
+        except SafetensorError as error:  # a full disk is one of its own kinds
+            number = re.search(r"os error (\d+)", str(error))
+            full = "No space" in str(error)
+            code = int(number[1]) if number else errno.ENOSPC if full else errno.EIO
+            raise OSError(code, str(error), str(path)) from error
 
 
 @contextmanager
@@ -61,9 +72,7 @@ def saving(out: Path) -> Iterator[None]:
         HispecError: The disk is full or the folder cannot be written.
     """
     try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise HispecError(
-            f"Cannot write {out} ({getattr(error, 'strerror', None) or error}): what was trained "
-            "is kept, so make room and run again with --resume."
-        ) from error
+        with disk_errors(out, RESUME):
+            yield
+    except SafetensorError as error:  # peft's
+        raise HispecError(f"cannot write {out} ({error}): {RESUME}.") from error

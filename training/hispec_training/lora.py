@@ -169,9 +169,10 @@ def finish(
     Returns:
         What ``quality.json`` holds.
     """
+    from hispec.files import write_whole
     from hispec.model.adapter import Adapter, merge
     from hispec.model.checkpoint import open_checkpoint
-    from hispec_training.files import saving, write_atomically
+    from hispec_training.files import RESUME, saving
     from hispec_training.report import write_report
 
     folder = args.out / "merged"
@@ -188,9 +189,12 @@ def finish(
         args.perplexity_tokens,
     )
     record = exits_record(checkpoint, merged, args.out.name, exits, facts)
-    write_atomically(args.out / "quality.json", json.dumps(quality, indent=1) + "\n")
-    write_atomically(args.out / "README.md", card(record, quality))
-    write_atomically(args.out / "config.json", json.dumps(record, indent=2) + "\n")
+    for name, text in (
+        ("quality.json", json.dumps(quality, indent=1) + "\n"),
+        ("README.md", card(record, quality)),
+        ("config.json", json.dumps(record, indent=2) + "\n"),
+    ):
+        write_whole(args.out / name, text, sync=True, advice=RESUME)
     filled: dict[str, float] = {}
     for number, row in enumerate(history.losses):  # exits take turns: draw the last known value
         filled |= row
@@ -244,27 +248,34 @@ def compare(
     text_tokens: int | None,
 ) -> dict[str, Any]:
     """Returns perplexity and agreement of both, one after the other."""
-    import torch
-
-    from hispec_training.quality import agreement, perplexity
-    from hispec_training.trunk import Trunk
-
     ids = None if text is None else read_text(text, original)[:text_tokens]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    quality: dict[str, Any] = {}
-    for name, checkpoint in (("before", original), ("after", adapted)):
-        trunk = Trunk(checkpoint, device=device)
-        found: dict[str, Any] = {}
-        if ids is not None:
-            found["perplexity"] = round(perplexity(trunk, ids), 4)
-        if held_out is not None:
-            found |= agreement(trunk, held_out, exits).table()
-        quality[name] = found
+    quality: dict[str, Any] = {
+        "before": judge(original, exits, held_out, ids),
+        "after": judge(adapted, exits, held_out, ids),
+    }
     if ids is not None:
         before, after = quality["before"]["perplexity"], quality["after"]["perplexity"]
         quality["perplexity_change"] = round(after / before - 1, 4)
         quality["perplexity_text"] = f"{text.name if text else ''}, {len(ids)} tokens"
     return quality
+
+
+def judge(
+    checkpoint: Checkpoint, exits: Sequence[int], held_out: Texts | None, ids: list[int] | None
+) -> dict[str, Any]:
+    """Returns one model's perplexity on ``ids`` and its agreement with held-out answers."""
+    import torch
+
+    from hispec_training.quality import agreement, perplexity
+    from hispec_training.trunk import Trunk
+
+    trunk = Trunk(checkpoint, device="cuda" if torch.cuda.is_available() else "cpu")
+    found: dict[str, Any] = {}
+    if ids is not None:
+        found["perplexity"] = round(perplexity(trunk, ids), 4)
+    if held_out is not None:
+        found |= agreement(trunk, held_out, exits).table()
+    return found
 
 
 def read_text(path: Path, checkpoint: Checkpoint) -> list[int]:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from hispec.files import disk_errors
 from hispec.model.checkpoint import Checkpoint, open_checkpoint
 from hispec_training.answers import shards_of
 from hispec_training.evaluate import ROUND, Costs, evaluate, tokens_per_ms
@@ -46,7 +47,7 @@ def main(args: argparse.Namespace) -> int:
     """The tables are on stdout; returns the exit code.
 
     Raises:
-        HispecError: Bad data or exits.
+        HispecError: Bad data or exits, or no room for what is written.
     """
     checkpoint = open_checkpoint(args.model)
     saved = TrainedExits.from_pretrained(args.exits, checkpoint)
@@ -70,6 +71,7 @@ def main(args: argparse.Namespace) -> int:
                 fingerprint=checkpoint.fingerprint,
                 layers=layers,
                 progress=lambda done, total: print(f"{done}/{total} shards", file=sys.stderr),
+                advice="free some room, or give --cache a folder on another disk",
             ).paths
         cache = ShardCache(kept)
         if 0 in exits.specs:  # before the first layer, states are looked up
@@ -79,16 +81,18 @@ def main(args: argparse.Namespace) -> int:
         )
     name = args.name or ", ".join(Path(name).name for name in args.data)
     tables = {e: {"texts": name, **tally.table()} for e, tally in tallies.items()}
-    if args.write:
-        for entry in saved.record["exits"]:
-            entry["acceptance"] = tables[entry["exit_layer"]]
-        saved.save_pretrained(args.exits)
+    for entry in saved.record["exits"]:
+        entry["acceptance"] = dict(tables[entry["exit_layer"]])
     for e, tally in tallies.items():
         share = len(exits.vocab_ids(e)) / checkpoint.config.vocab_size
         draft_ms = Costs().draft(e, exits.specs[e].has_block, share)
         rate, window = tokens_per_ms(tally, draft_ms)
         tables[e] |= {"predicted_tok_per_ms": round(rate, 5), "best_window": window}
-    print(json.dumps(tables))
+    print(json.dumps(tables), flush=True)  # before the disk has a chance to lose it
+    if args.write:
+        advice = "the tables are printed; free some room and run again"
+        with disk_errors(args.exits, advice):
+            saved.save_record(args.exits)
     return 0
 
 

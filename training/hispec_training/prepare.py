@@ -211,8 +211,8 @@ def _rows_that_fit(args: argparse.Namespace, checkpoint: Checkpoint) -> int:
 
 def _tokenized(checkpoint: Checkpoint, source: str, out: Path) -> Path:
     """``out`` holds the source's own prompts and responses as token ids."""
+    from hispec.files import write_whole
     from hispec_training.data import encode_prompt, read_records
-    from hispec_training.files import write_atomically
 
     lines = []
     for record in read_records(source).records:
@@ -231,5 +231,5 @@ def _tokenized(checkpoint: Checkpoint, source: str, out: Path) -> Path:
             f"{source} has no responses to train on: leave --use-responses out to have the model "
             "answer the prompts."
         )
-    write_atomically(out, "".join(lines))
+    write_whole(out, "".join(lines), sync=True)
     return out

@@ -12,10 +12,8 @@ damaged or made from other data or another model is simply made again.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,12 +21,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from hispec.errors import HispecError, UsageError
-from hispec_training.files import read_bytes
+from hispec.errors import UsageError
+from hispec.files import disk_errors, replacing
+from hispec_training.files import read_bytes, save_tensors
 from hispec_training.shard_cache import ShardCache
 
 FORMAT = 1
@@ -86,13 +83,16 @@ def read_examples(files: Sequence[Path], max_length: int) -> tuple[list[Example]
             try:
                 row = json.loads(line)
                 prompt, response = list(row["prompt_ids"]), list(row["response_ids"])
+                if not all(type(token) is int for token in prompt + response):
+                    raise TypeError
             except (ValueError, KeyError, TypeError) as error:
                 if number == len(lines) - 1:
                     break  # a writer's unfinished last line
                 fields = sorted(row) if isinstance(error, KeyError) else []
+                kind = "lists of token ids" if isinstance(error, TypeError) else "in a JSON object"
                 raise UsageError(
-                    f"{path}, line {number + 1}: a row needs prompt_ids and response_ids"
-                    + (f", found {', '.join(fields)}." if fields else " (not a JSON object).")
+                    f"{path}, line {number + 1}: a row needs prompt_ids and response_ids, "
+                    + (f"found {', '.join(fields)}." if fields else f"{kind}.")
                 ) from error
             counts["rows"] += 1
             ids = tuple(prompt + response)[:max_length]
@@ -143,6 +143,7 @@ def build_shards(
     shard_tokens: int = 65_536,
     max_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    advice: str = "free some room and run again, or bound the cache with --cache-gb",
 ) -> ShardCache:
     """Every shard that fits is in place; those already there and whole are kept.
 
@@ -156,11 +157,11 @@ def build_shards(
         shard_tokens: Tokens in a shard.
         max_bytes: Bound on the cache; examples beyond it are left out.
         progress: Called with shards done and shards in all.
+        advice: What to do where there is no room, for the message.
 
     Raises:
-        HispecError: If the disk is full.
+        WriteError: If the disk is full or the folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     groups = split_examples(examples, shard_tokens)
     trunk: Backbone | None = None
     total_bytes, notes = 0, []
@@ -170,15 +171,9 @@ def build_shards(
         note = read_note(path)
         if note is None or note["key"] != key:
             trunk = trunk or make_trunk()
-            try:
-                note = _write_shard(path, key, _run(trunk, group, layers, top_k), len(group))
-            except (OSError, SafetensorError) as error:
-                if getattr(error, "errno", None) != errno.ENOSPC and "space" not in str(error):
-                    raise
-                raise HispecError(
-                    f"The disk is full after {index} shards of {len(groups)} in {folder}: free "
-                    "some room and run again, or bound the cache with --cache-gb."
-                ) from error
+            found = _run(trunk, group, layers, top_k)
+            with disk_errors(path, f"{index} of {len(groups)} shards were written; {advice}"):
+                note = _write_shard(path, key, found, len(group))
         total_bytes += note["bytes"]
         if max_bytes is not None and total_bytes > max_bytes and notes:
             break
@@ -293,10 +288,14 @@ def write_states(
         said: For each, ``state_e`` (T, D) of some layers, and at the R response positions ``pick``
             (R,), ``top_ids`` and ``top_logits`` (R, K).
         fingerprint: Of the model.
+
+    Raises:
+        WriteError: If the disk is full or the folder cannot be written.
     """
     layers = sorted(int(name[6:]) for name in said[0] if name.startswith("state_"))
     key = _key(group, fingerprint, layers, said[0]["top_ids"].shape[1])
-    _write_shard(path, key, _pack(group, said), len(group))
+    with disk_errors(path):
+        _write_shard(path, key, _pack(group, said), len(group))
 
 
 def find_states(
@@ -319,18 +318,15 @@ def find_states(
 def _write_shard(
     path: Path, key: str, tensors: dict[str, Tensor | str], sequences: int
 ) -> dict[str, Any]:
-    """The shard and then its note stand under their names; returns the note."""
+    """The shard and then its note stand under their names; returns the note.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written.
+    """
     note_path = path.with_suffix(".json")
     note_path.unlink(missing_ok=True)
-    temporary = path.with_suffix(".part")
     metadata = {"categories": str(tensors.pop("categories"))}
-    try:
-        save_file(tensors, temporary, metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    save_tensors(path, tensors, metadata, sync=True)
     note = {
         "key": key,
         "crc32": _checksum(path),
@@ -339,9 +335,8 @@ def _write_shard(
         "tokens": int(tensors["ids"].numel()),
         "targets": int(tensors["pick"].numel()),
     }
-    part = note_path.with_suffix(".json.part")
-    part.write_text(json.dumps(note))
-    os.replace(part, note_path)
+    with replacing(note_path) as temporary:
+        temporary.write_text(json.dumps(note))
     return note
 
 

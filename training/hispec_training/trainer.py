@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hispec.errors import UsageError
+from hispec.model.bundled import model_help
 from hispec_training.options import (
     check_above_zero,
     check_at_least_one,
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """``parser`` knows the options of ``hispec train``."""
     add = parser.add_argument
-    add("--model", required=True, help="hub id, folder, .gguf file or smollm2-135m")
+    add("--model", required=True, help=model_help())
     add(
         "--data",
         required=True,
