@@ -7,11 +7,15 @@ Stages, each a few minutes, each its own process-sized piece of work:
 
     kernels   every kernel against fp64 on fresh inputs, outputs poisoned; then its time over the
               bytes it must move at the measured copy bandwidth, torch.mm beside it, other tilings
-    ar        plain decoding of Llama shapes with random weights over the same floor
-    spec      our methods on the model and its exits: tokens compared with plain decoding's
+    ar        plain decoding of Llama shapes with random weights over the same floor, and by kernel
+              where that is missed; with torch's products in turn, which promise no bits
+    spec      our methods on the model and its exits: tokens compared with plain decoding's, the
+              host's part of a round; plain decoding with torch's products here, too
     peers     transformers: generate, with a static (compiled) cache, early exit, prompt lookup
     shapes    passes by range and width, and what hierarchies yield on them at given acceptance
 
+On a GPU --numerics fast runs the very kernels of exact, so what exactness costs is told beside
+torch's products (hispec/bench/gpu_library.py); host and idle: hispec/bench/gpu_methods.py.
 Prints tables; --out takes one JSON object a row, the machine first. --tiny shows on any machine
 that it works: seconds, in Triton's interpreter where TRITON_INTERPRET=1 is set, no number of worth.
 """
@@ -29,7 +33,8 @@ from typing import Any
 import torch
 
 from hispec.bench import gpu_shapes
-from hispec.bench.gpu_kernels import Cases, measure, tilings
+from hispec.bench.gpu_kernels import measure, tilings
+from hispec.bench.gpu_picks import LISTED, Picks, step_rows
 from hispec.bench.gpu_timing import copy_gb_per_s
 from hispec.bench.prompts import load_prompts
 from hispec.bench.provenance import _commit, collect, cpu_name
@@ -100,7 +105,7 @@ def kernels(bench: Bench) -> Iterator[Row]:
         for width in (3,) if bench.args.tiny else (1, 8, 16, 32):
             context = 130 if bench.args.tiny else 1024
             config = gpu_shapes.shape(name, context + 64)
-            cases = Cases(config, width, context, dtype, bench.device)
+            cases = Picks(config, width, context, dtype, bench.device)
             for kernel, make in cases.all():
                 row = measure(make, dtype, bench.ceiling)
                 yield {"shape": name, "width": width, "kernel": kernel, **row}
@@ -116,9 +121,17 @@ def ar(bench: Bench) -> Iterator[Row]:
         context = 20 if bench.args.tiny else 512
         with torch.inference_mode():
             model = gpu_shapes.random_llama(name, _real(bench), bench.device, context + 512)
-            yield gpu_shapes.plain_row(name, model, context, bench.repeats, bench.ceiling)
+            rows = gpu_shapes.plain_rows(name, model, context, bench.repeats, bench.ceiling)
             del model
         torch.cuda.empty_cache()
+        yield from rows
+        exact = rows[0]
+        if exact["ratio"] < LISTED and not gpu.why_not(bench.device):
+            config = gpu_shapes.shape(name, context + 64)
+            cases = Picks(config, 1, context, _real(bench), bench.device)
+            for row in step_rows(cases, exact["ms"], bench.ceiling):
+                yield {"shape": name, **row}
+            torch.cuda.empty_cache()
 
 
 def shapes(bench: Bench) -> Iterator[Row]:
@@ -141,7 +154,7 @@ def spec(bench: Bench) -> Iterator[Row]:
     dtypes = ["fp32"] if bench.device.type == "cpu" else ["bf16", "fp16"]
     for dtype in dtypes:
         names = [name.strip() for name in bench.args.methods.split(",")]
-        yield from compare(bench, dtype, names[:2] if bench.args.tiny else names)
+        yield from compare(bench, dtype, names[:2] if bench.args.tiny else names, fast=True)
 
 
 def peers(bench: Bench) -> Iterator[Row]:
@@ -152,53 +165,28 @@ def peers(bench: Bench) -> Iterator[Row]:
     yield from compare(bench, "fp32" if bench.args.tiny else dtype_name(bench.dtype), names)
 
 
-def compare(bench: Bench, dtype: str, names: Sequence[str]) -> Iterator[Row]:
-    """Every prompt by plain decoding and by each method, in turn; ids against plain decoding's."""
+def compare(bench: Bench, dtype: str, names: Sequence[str], *, fast: bool = False) -> Iterator[Row]:
+    """Plain decoding, with torch's products too where ``fast``, and each method."""
+    from hispec.bench import gpu_methods
     from hispec.bench.baselines import HF, HFModel
     from hispec.bench.methods import Question
     from hispec.bench.roster import build
 
     lm = bench.lm(dtype)
-    _, methods = build(lm, [name for name in names if name != "hf-static"])
+    work, methods = build(lm, [name for name in names if name != "hf-static"])
+    if fast:
+        methods[1:1] = gpu_methods.plain_on_fast(work)
     if "hf-static" in names:
         static = {"cache_implementation": "static"}  # for which transformers compiles the pass
         methods.append(HF(HFModel(lm), "hf-static", static))
     prompts = load_prompts(bench.args.prompts, 1 if bench.args.tiny else bench.args.limit).prompts
     limit = 4 if bench.args.tiny else bench.args.max_new_tokens
-    totals: dict[str, Row] = {}
-    if bench.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    for number, prompt in enumerate(prompts):
-        question = Question(lm.encode(prompt.chat(0, [])), limit)
-        wanted: list[int] = []
-        for method in methods:
-            if number == 0:
-                method(Question(question.ids, limit))  # warms up: compiles and captures
-            outcome = method(question)
-            wanted = wanted or outcome.token_ids
-            total = totals.setdefault(
-                method.name,
-                dict.fromkeys(("prompts", "tokens", "passes", "differ", "decode_s", "ttft_s"), 0),
-            )
-            total["prompts"] += 1
-            total["tokens"] += len(outcome.token_ids) - outcome.first
-            total["passes"] += outcome.passes
-            total["differ"] += outcome.token_ids != wanted
-            total["decode_s"] += outcome.decode_s
-            total["ttft_s"] += outcome.prefill_s
-    memory = torch.cuda.max_memory_allocated() / 2**30 if bench.device.type == "cuda" else None
-    plain = totals["ar"]["decode_s"] / max(totals["ar"]["tokens"], 1)
-    for name, total in totals.items():
-        each = total["decode_s"] / max(total["tokens"], 1)
-        yield {
-            "method": name,
-            "dtype": dtype,
-            **total,
-            "ttft_s": total["ttft_s"] / total["prompts"],
-            "tok_per_s": 1 / each if each else None,
-            "speedup": plain / each if each else None,
-            "memory_gib": memory,
-        }
+    questions = [Question(lm.encode(prompt.chat(0, [])), limit) for prompt in prompts]
+    cuda = bench.device.type == "cuda"
+    clear = torch.cuda.reset_peak_memory_stats if cuda else lambda: None
+    for row in gpu_methods.compare(lm, methods, questions, clear):
+        memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
+        yield {"method": row.pop("method"), "dtype": dtype, **row, "memory_gib": memory}
 
 
 STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
@@ -208,6 +196,14 @@ STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "peers": peers,
     "shapes": shapes,
 }
+
+
+def tables(rows: list[Row]) -> str:
+    """Returns rows as aligned columns, those of other columns in a table of their own."""
+    kinds: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(tuple(row), []).append(row)
+    return "\n\n".join(map(table, kinds.values()))
 
 
 def table(rows: list[Row]) -> str:
@@ -269,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
                     failed |= row.get("right") is False
                     rows.append(row)
             print(f"\n{stage} ({time.perf_counter() - started:.0f} s)")
-            print(table(rows) if rows else "nothing", flush=True)
+            print(tables(rows) if rows else "nothing", flush=True)
         return int(failed)
     except HispecError as error:
         print(f"bench_gpu: {error}", file=sys.stderr)

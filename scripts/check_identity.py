@@ -1,15 +1,17 @@
 """Are they the same tokens? On real prompts, and bit for bit in the logits.
 
     python scripts/check_identity.py --prompts question.jsonl --hf
+    python scripts/check_identity.py --prompts question.jsonl --limit 100 --device cuda \\
+        --hierarchies 'layerskip,hispec,hd,auto,late,scripts/hierarchies/*.json'
 
-For each dtype:
+For each dtype (by default bf16 and fp32 on a CPU, bf16 and fp16 on a GPU):
 
-1. *Tokens.* Every prompt is continued greedily by plain decoding (``ar``) and by each hierarchy;
-   the ids must be the same. ``late`` is a hierarchy of two exits near the top, whose drafts are
-   often right even where no exits were trained. In fp32, with ``--hf``, ``ar`` is also compared
-   with transformers' greedy ``generate`` on the same converted folder; where they part, the top-2
-   gap of the logits at that token is listed. Below 1e-3 it is a rounding tie: transformers
-   multiplies in other shapes.
+1. *Tokens.* Every prompt is continued greedily by plain decoding (``ar``) and by each hierarchy (a
+   preset, a JSON file, or a pattern of those), its databases afresh; the ids must be the same.
+   ``late`` has two exits near the top, whose drafts are often right even where none were trained.
+   In fp32, with ``--hf``, ``ar`` is also compared with transformers' greedy ``generate`` on the
+   same converted folder; where they part, the top-2 gap of the logits at that token is listed.
+   Below 1e-3 it is a rounding tie: transformers multiplies in other shapes.
 2. *Bits.* Long texts (the prompts, one behind the other, cut at 1,500 tokens) are run token by
    token as plain decoding runs them, then again in passes of random widths, cut at the exits of
    ``hispec``. No bit of any row of logits may differ.
@@ -27,12 +29,11 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import random
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,10 @@ import torch
 import hispec
 from hispec.bench.prompts import Prompt, load_prompts
 from hispec.bench.provenance import collect, cpu_name
+from hispec.files import write_whole
 from hispec.generation import LM
 from hispec.hierarchy import Hierarchy, Level
+from hispec.model.device import choose
 from hispec.model.nodes import MAX_WIDTH
 from hispec.model.store import cache_dir
 
@@ -69,11 +72,7 @@ class Kept:
 
     def put(self, key: str, ids: list[int]) -> list[int]:
         self.ids[key] = ids
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=self.path.parent)
-        with os.fdopen(handle, "w") as file:
-            json.dump(self.ids, file)
-        os.replace(temporary, self.path)
+        write_whole(self.path, json.dumps(self.ids))
         return ids
 
 
@@ -87,6 +86,19 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int | None:
         if x != y:
             return place
     return None if len(a) == len(b) else min(len(a), len(b))
+
+
+def machine(device: torch.device) -> str:
+    """Returns the name of what computes."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+
+
+def hierarchies(text: str) -> list[str]:
+    """Returns the names of ``--hierarchies``, in a pattern's place what it stands for."""
+    found = []
+    for name in filter(None, text.split(",")):
+        found += sorted(glob(name)) or [name] if "*" in name else [name]
+    return found
 
 
 def named(lm: LM, name: str) -> str | Hierarchy:
@@ -113,13 +125,12 @@ class Tokens:
     def prompt(self, prompt: Prompt, ids: list[int]) -> dict[str, Any]:
         """Returns the row of one prompt."""
         lm, count = self.lm, self.args.max_new_tokens
-        setting = (torch.__version__, cpu_name(), torch.get_num_threads())
-        key = key_of(
-            "ar", lm.checkpoint.fingerprint, self.dtype, lm.model.device, count, ids, setting
-        )
+        setting = (torch.__version__, machine(lm.model.device), torch.get_num_threads())
+        what = (self.dtype, lm.model.device, count)
+        key = key_of("ar", lm.checkpoint.fingerprint, *what, ids, setting)
 
         def plain() -> list[int]:
-            return lm.generate(ids, hierarchy="ar", max_new_tokens=count).token_ids
+            return lm.generate(ids, hierarchy="ar", max_new_tokens=count, learn=False).token_ids
 
         wanted, old = self.kept.get(key, plain)
         row: dict[str, Any] = {
@@ -131,7 +142,8 @@ class Tokens:
             "tokens": len(wanted),
         }
         for name in self.args.hierarchies:
-            result = lm.generate(ids, hierarchy=named(lm, name), max_new_tokens=count)
+            # From what earlier answers taught it, a database would draft whole texts rightly.
+            result = lm.generate(ids, hierarchy=named(lm, name), max_new_tokens=count, learn=False)
             if old and result.token_ids != wanted:
                 wanted, old, was = self.kept.put(key, plain()), False, wanted
                 if wanted != was:
@@ -157,14 +169,15 @@ class Tokens:
         import transformers
 
         count, version = self.args.max_new_tokens, (torch.__version__, transformers.__version__)
-        key = key_of("hf", self.lm.checkpoint.fingerprint, count, ids, version)
+        device = self.lm.model.device
+        key = key_of("hf", self.lm.checkpoint.fingerprint, device, count, ids, version)
 
         def generate() -> list[int]:
             model = self.hf_model()
             with torch.inference_mode():
                 text = model.generate(
-                    torch.tensor([ids]),
-                    attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+                    torch.tensor([ids], device=device),
+                    attention_mask=torch.ones(1, len(ids), dtype=torch.int64, device=device),
                     max_new_tokens=count,
                     do_sample=False,
                     repetition_penalty=None,
@@ -181,7 +194,8 @@ class Tokens:
             self.counts["transformers"][0] += 1
         else:
             with torch.inference_mode():
-                logits = self.hf_model()(torch.tensor([ids + theirs[:place]])).logits[0, -1]
+                text = torch.tensor([ids + theirs[:place]], device=device)
+                logits = self.hf_model()(text).logits[0, -1]
             gap = float(logits.topk(2).values.diff().abs())
             found |= {"top2_gap": gap, "tie": gap < TIE}
             line = f"{prompt.id}: ar and transformers part at token {place}, top-2 gap {gap:.1e}"
@@ -195,7 +209,8 @@ class Tokens:
             from transformers import AutoModelForCausalLM
 
             path = str(self.lm.checkpoint.path)
-            self.reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+            self.reference = model.to(self.lm.model.device)
         return self.reference
 
     def failed(self) -> bool:
@@ -249,8 +264,8 @@ def differing_bits(a: torch.Tensor, b: torch.Tensor) -> int:
     """How many bits two rows differ in; 0 means equal, and equal zeros of both signs are not."""
     size = {2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
     differing = (a.view(size) ^ b.view(size)).long()
-    differing = differing[differing != 0]
-    return sum(bin(int(x) & (1 << 8 * a.dtype.itemsize) - 1).count("1") for x in differing)
+    differing = differing[differing != 0].tolist()
+    return sum(bin(x & (1 << 8 * a.dtype.itemsize) - 1).count("1") for x in differing)
 
 
 def long_texts(pieces: Sequence[list[int]], length: int, positions: int) -> list[list[int]]:
@@ -276,7 +291,11 @@ def long_texts(pieces: Sequence[list[int]], length: int, positions: int) -> list
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = parse(arguments)
+    device = choose(args.device).device
+    args.dtypes = args.dtypes or ["bf16", "fp16" if device.type == "cuda" else "fp32"]
     prompts = load_prompts(args.prompts, args.limit).prompts
+    if args.hf and "fp32" not in args.dtypes:
+        print("transformers: left out, it is compared in fp32 alone (--dtypes fp32)")
     kept = Kept(args.cache)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     failed = False
@@ -287,9 +306,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             out.flush()
 
         for dtype in args.dtypes:
-            lm = hispec.load(args.model, exits=args.exits, dtype=dtype)
+            lm = hispec.load(args.model, exits=args.exits, dtype=dtype, device=args.device)
             write({"kind": "provenance", **collect(lm), "settings": settings_of(args)})
-            print(f"{dtype} on {cpu_name()}, {torch.get_num_threads()} threads")
+            where = f"{machine(lm.model.device)}, {lm.model.narrow.name} passes"
+            print(f"{dtype} on {where}, {torch.get_num_threads()} threads")
             failed |= check(lm, dtype, prompts, args, kept, write)
     print(f"rows are in {args.out}")
     return int(failed)
@@ -328,10 +348,9 @@ def check(
     found = compare_bits(lm, long_texts(pieces, length, args.positions), args.positions)
     took = round(time.perf_counter() - started, 1)
     write({"kind": "bits", "dtype": dtype, **found, "took_s": took})
-    print(
-        f"  bits: {found['bits_that_differ']} differ in {found['rows_that_differ']} of "
-        f"{found['positions']} rows of logits (contexts to {found['longest']} tokens)"
-    )
+    rows = f"{found['rows_that_differ']} of {found['positions']} rows of logits"
+    longest = f"contexts to {found['longest']} tokens"
+    print(f"  bits: {found['bits_that_differ']} differ in {rows} ({longest})")
     return tokens.failed() or found["rows_that_differ"] > 0
 
 
@@ -345,18 +364,15 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     names = lambda text: [name for name in text.split(",") if name]  # noqa: E731
     parser.add_argument("--prompts", default="builtin", help="JSONL file or preset (builtin)")
-    parser.add_argument(
-        "--limit", type=int, default=60, help="prompts, evenly over categories (60)"
-    )
+    parser.add_argument("--limit", type=int, default=60, help="prompts, of all categories (60)")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--exits", help="folder of trained exits")
     parser.add_argument("--max-new-tokens", type=int, default=128)
-    parser.add_argument("--dtypes", type=names, default=["bf16", "fp32"], help="bf16,fp32")
-    parser.add_argument("--hierarchies", type=names, default=["layerskip", "hispec", "late"])
+    parser.add_argument("--device", default="auto", metavar="auto|cpu|cuda")
+    parser.add_argument("--dtypes", type=names, help="bf16,fp32; on a GPU bf16,fp16")
+    parser.add_argument("--hierarchies", type=hierarchies, default="layerskip,hispec,late")
     parser.add_argument("--hf", action="store_true", help="compare with transformers in fp32, too")
-    parser.add_argument(
-        "--positions", type=int, default=2400, help="rows of logits; 0: none (2400)"
-    )
+    parser.add_argument("--positions", type=int, default=2400, help="rows of logits; or 0 (2400)")
     parser.add_argument("--context", type=int, default=1500, help="length of the long texts (1500)")
     parser.add_argument("--cache", type=Path, default=cache_dir() / "identity.json")
     parser.add_argument("--out", type=Path, default=ROOT / "scripts" / "results" / "identity.jsonl")

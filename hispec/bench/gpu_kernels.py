@@ -1,7 +1,7 @@
 """Each GPU kernel against its reference, then against the floor: the bytes it must move.
 
 Inputs are fresh and random, outputs poisoned, references in fp64. A kernel that is wrong is not
-timed.
+timed. Here are the kernels of a model's blocks, those behind them in :mod:`hispec.bench.gpu_picks`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hispec.bench.gpu_timing import median_ms, sets_for
+from hispec.bench.gpu_timing import median_ms, poisoned, sets_for
 from hispec.model.config import ModelConfig
-from hispec.model.nodes import MAX_WIDTH
+from hispec.model.nodes import MAX_WIDTH, Nodes
 from hispec.model.passes import Rotary
-from hispec_kernels import exit_head as reference_head
 from hispec_kernels import rotate, swiglu
-from hispec_kernels.noise import noisy as reference_noisy
-from hispec_kernels.noise import seeded_state
 
 #: ‖found − wanted‖ / ‖wanted‖ above which a kernel is wrong.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -39,16 +37,18 @@ class Trial:
         found: what it has written.
         wanted: the same by the reference.
         moved: bytes it has to read and write.
+        exact: whether every bit must be the reference's.
     """
 
     run: Callable[[], object]
     found: Callable[[], Tensor]
     wanted: Callable[[], Tensor]
     moved: int
+    exact: bool = False
 
 
 class Cases:
-    """The kernels of one model's decoding step.
+    """The kernels of one model's blocks.
 
     Args:
         config: the model's sizes.
@@ -72,9 +72,16 @@ class Cases:
         self.dtype, self.device = dtype, device
         self.rows = 16 if width <= 16 else MAX_WIDTH
         self.seed = 0
-        self.plan = torch.zeros(plan.LENGTH, dtype=torch.int32, device=device)
-        header = [context, width, plan.STRAIGHT]
-        self.plan[:3] = torch.tensor(header, dtype=torch.int32, device=device)
+        self.nodes = Nodes(context)
+        for node in range(1, width):
+            self.nodes.append((node - 1) // 2)  # each node has two children
+        chain = np.zeros(plan.LENGTH, np.int32)
+        chain[:3] = context, width, plan.STRAIGHT
+        tree = chain.copy()
+        tree[2] = context
+        tree[plan.DEPTHS : plan.PATHS] = self.nodes.depths_array
+        tree[plan.PATHS :] = self.nodes.paths_array.ravel()
+        self.plan, self.tree_plan = (torch.from_numpy(x).to(device) for x in (chain, tree))
         self.count = self.plan[1:2]
         self.rotary = Rotary(config, context + MAX_WIDTH)
         self.cos, self.sin = self.rotary.cos.to(device), self.rotary.sin.to(device)
@@ -101,17 +108,33 @@ class Cases:
             "head": (c.vocab_size, c.hidden_size),
         }
 
-    def product(self, out: int, size: int, blocks: Any = None) -> Trial:
+    def product(self, out: int, size: int, blocks: Any = None, *, bias: bool = False) -> Trial:
         """A product on its own."""
         from hispec_kernels.gpu.products import product
 
         w, x = self.noise(out, size) / size**0.5, self.noise(self.rows, size)
         y, n = self.poison(self.rows, out, dtype=torch.float32), self.width
+        offset = self.noise(out) if bias else None
         return Trial(
-            lambda: product(x, w, self.count, y, blocks=blocks),
+            lambda: product(x, w, self.count, y, offset, blocks=blocks),
             lambda: y[:n],
-            lambda: x[:n].double() @ w.double().T,
+            lambda: x[:n].double() @ w.double().T + (0 if offset is None else offset.double()),
             w.nbytes + x[:n].nbytes + y[:n].nbytes,
+        )
+
+    def residual_product(self) -> Trial:
+        """The last product of a block, which adds to x in place; later runs go on adding."""
+        from hispec_kernels.gpu.products import product
+
+        out, size = self.matrices()["down"]
+        w, x = self.noise(out, size) / size**0.5, self.noise(self.rows, size)
+        y, n = self.noise(self.rows, out, dtype=torch.float32), self.width
+        before = y[:n].double()
+        return Trial(
+            lambda: product(x, w, self.count, y, residual=y),
+            lambda: y[:n],
+            lambda: before + x[:n].double() @ w.double().T,
+            w.nbytes + x[:n].nbytes + 2 * y[:n].nbytes,
         )
 
     def library_product(self, out: int, size: int) -> Trial:
@@ -139,22 +162,26 @@ class Cases:
             w.nbytes + x[:n].nbytes + y[:n].nbytes,
         )
 
-    def add_rms_norm(self) -> Trial:
-        """The residual add and norm; x is not moved on, so that every run sees the same."""
+    def add_rms_norm(self, *, add: bool = False) -> Trial:
+        """RMSNorm, behind the residual add or alone; where it adds, later runs go on adding."""
         from hispec_kernels.gpu.rms_norm import add_rms_norm
 
         size, n = self.config.hidden_size, self.width
         x, weight = self.noise(self.rows, size, dtype=torch.float32), self.noise(size)
+        delta = self.noise(self.rows, size, dtype=torch.float32) if add else None
         h = self.poison(self.rows, size)
+        total = x[:n].double() + (0 if delta is None else delta[:n].double())
+        normed = F.rms_norm(total, (size,), weight.double(), 1e-5)
+        read = x[:n].nbytes + weight.nbytes
         return Trial(
-            lambda: add_rms_norm(x, weight, 1e-5, self.count, h, rows=n),
-            lambda: h[:n],
-            lambda: F.rms_norm(x[:n].double(), (size,), weight.double(), 1e-5),
-            x[:n].nbytes + weight.nbytes + h[:n].nbytes,
+            lambda: add_rms_norm(x, weight, 1e-5, self.count, h, delta, rows=n),
+            lambda: torch.cat([h[:n], x[:n]]) if add else h[:n],
+            lambda: torch.cat([normed, total]) if add else normed,
+            read + h[:n].nbytes + (2 * x[:n].nbytes if add else 0),
         )
 
-    def rope_write(self) -> Trial:
-        """The rotation of queries; keys and values go the same way."""
+    def rope_write(self, *, tree: bool = False) -> Trial:
+        """The rotation of queries and keys, and where keys and values go."""
         from hispec_kernels.gpu.rope import rope_write
 
         c, n, at = self.config, self.width, self.context
@@ -162,83 +189,81 @@ class Cases:
         qkv = self.noise(self.rows, everything, dtype=torch.float32)
         queries = self.poison(self.rows, c.num_heads, c.head_dim)
         keys, values = (self.poison(c.num_kv_heads, at + n, c.head_dim) for _ in range(2))
+        plan = self.tree_plan if tree else self.plan
+        places = self.nodes.positions(at, at + n) if tree else list(range(at, at + n))
+
+        def found() -> Tensor:
+            written = [x[:, at:].transpose(0, 1) for x in (keys, values)]
+            return torch.cat([queries[:n], *written], 1)
 
         def wanted() -> Tensor:
-            split = qkv[:n].double().unflatten(1, (-1, c.head_dim))[:, : c.num_heads]
-            cos, sin = (t[at : at + n, None].double() for t in (self.cos, self.sin))
-            return rotate(split, cos, sin)
+            split = qkv[:n].double().unflatten(1, (-1, c.head_dim))
+            cos, sin = (t[places, None].double() for t in (self.cos, self.sin))
+            turned = c.num_heads + c.num_kv_heads
+            return torch.cat([rotate(split[:, :turned], cos, sin), split[:, turned:]], 1)
 
         return Trial(
-            lambda: rope_write(qkv, self.cos, self.sin, self.plan, queries, keys, values, rows=n),
-            lambda: queries[:n],
+            lambda: rope_write(qkv, self.cos, self.sin, plan, queries, keys, values, rows=n),
+            found,
             wanted,
             n * everything * (4 + self.dtype.itemsize) + 2 * n * c.head_dim * 4,
         )
 
-    def attention(self) -> Trial:
-        """A chain's rows over the context."""
+    def _looks(self, *, tree: bool) -> Tensor:
+        """Which slots each row looks at, (W, S)."""
+        n, at = self.width, self.context
+        seen = torch.arange(at + n) <= torch.arange(at, at + n)[:, None]
+        for row in range(n if tree else 0):
+            seen[row, at:] = False
+            seen[row, [at + node for node in self.nodes.path(row)]] = True
+        return seen.to(self.device)
+
+    def _past(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries (R, H, D_h), keys and values (H_kv, S, D_h)."""
+        c, end = self.config, self.context + self.width
+        keys, values = (self.noise(c.num_kv_heads, end, c.head_dim) for _ in range(2))
+        return self.noise(self.rows, c.num_heads, c.head_dim), keys, values
+
+    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, *, tree: bool) -> Tensor:
+        """Attention in fp64, (W, H, D_h)."""
+        group = self.config.num_heads // self.config.num_kv_heads
+        k, v = (x.double().repeat_interleave(group, 0) for x in (keys, values))
+        q = queries[: self.width].double().transpose(0, 1)
+        scores = q @ k.transpose(1, 2) / self.config.head_dim**0.5  # (H, W, S)
+        scores.masked_fill_(~self._looks(tree=tree), -math.inf)
+        return (scores.softmax(-1) @ v).transpose(0, 1)
+
+    def attention(self, *, tree: bool = False) -> Trial:
+        """A chain's or a tree's rows over the context."""
         from hispec_kernels.gpu.attention import Partials, decode_attention
 
         c, n, end = self.config, self.width, self.context + self.width
-        keys, values = (self.noise(c.num_kv_heads, end, c.head_dim) for _ in range(2))
-        queries = self.noise(self.rows, c.num_heads, c.head_dim)
+        queries, keys, values = self._past()
         out = self.poison(self.rows, c.num_heads, c.head_dim)
         room = Partials(-(-end // 128), self.rows, c.num_heads, c.head_dim, self.device)
-
-        def wanted() -> Tensor:
-            group = c.num_heads // c.num_kv_heads
-            k, v = (x.double().repeat_interleave(group, 0) for x in (keys, values))
-            q = queries[:n].double().transpose(0, 1)
-            scores = q @ k.transpose(1, 2) / c.head_dim**0.5  # (H, W, S)
-            places = torch.arange(end, device=self.device)
-            scores.masked_fill_(places > places[self.context :, None], -math.inf)
-            return (scores.softmax(-1) @ v).transpose(0, 1)
-
+        plan = self.tree_plan if tree else self.plan
         return Trial(
-            lambda: decode_attention(
-                queries, keys, values, self.plan, room, out, tree=False, rows=n
-            ),
+            lambda: decode_attention(queries, keys, values, plan, room, out, tree=tree, rows=n),
             lambda: out[:n],
-            wanted,
+            lambda: self._attended(queries, keys, values, tree=tree),
             keys.nbytes + values.nbytes + 2 * queries[:n].nbytes,
         )
 
-    def exit_head(self) -> Trial:
-        """A head down to the three best under noise; compared by their odds."""
-        from hispec_kernels.gpu.exit_head import best
-
-        out, size = self.matrices()["head"]
-        n, warm = self.width, torch.ones(1, device=self.device)
-        w, x = self.noise(out, size) / size**0.5, self.noise(self.rows, size)
-        places = torch.arange(self.rows, device=self.device)
-        sampling = torch.cat([torch.tensor([seeded_state(7)], device=self.device), places])
+    def library_attention(self) -> Trial:
+        """Torch's attention of one row: the heads that share keys are its rows."""
+        queries, keys, values = self._past()
+        packed = queries[0].unflatten(0, (self.config.num_kv_heads, -1))  # (H_kv, G, D_h)
         kept: list[Tensor] = []
 
         def run() -> None:
-            kept[:] = [best(x, w, self.count, 3, warm, sampling, rows=n)[1]]
+            kept[:] = [F.scaled_dot_product_attention(packed[None], keys[None], values[None])[0]]
 
-        def wanted() -> Tensor:
-            logits = (x[:n].double() @ w.double().T).float()
-            return reference_head.best(logits, 3, 1.0, 7, places[:n])[1].double()
-
-        return Trial(run, lambda: kept[0][:n], wanted, w.nbytes + x[:n].nbytes)
-
-    def noisy(self) -> Trial:
-        """Noise on a row of logits."""
-        from hispec_kernels.gpu.noise import noisy
-
-        logits = self.noise(self.width, self.config.vocab_size, dtype=torch.float32)
-        places = torch.arange(self.width, device=self.device)
-        kept: list[Tensor] = []
-
-        def run() -> None:
-            kept[:] = [noisy(logits, 0.7, 5, places)]
-
-        def wanted() -> Tensor:
-            there = reference_noisy(logits.cpu(), 0.7, 5, places.cpu()[:, None])
-            return there.double().to(self.device)
-
-        return Trial(run, lambda: kept[0], wanted, 2 * logits.nbytes)
+        return Trial(
+            run,
+            lambda: kept[0].flatten(0, 1)[None],
+            lambda: self._attended(queries, keys, values, tree=False),
+            keys.nbytes + values.nbytes + 2 * packed.nbytes,
+        )
 
     def all(self) -> Iterator[tuple[str, Callable[[], Trial]]]:
         """Yields every kernel's name and what makes a trial of it."""
@@ -248,11 +273,16 @@ class Cases:
             else:
                 yield f"product {name}", partial(self.product, out, size)
             yield f"torch.mm {name}", partial(self.library_product, out, size)
-        yield "add_rms_norm", self.add_rms_norm
+        yield "product down + x", self.residual_product
+        yield "rms_norm", self.add_rms_norm
+        yield "add_rms_norm", partial(self.add_rms_norm, add=True)
         yield "rope_write", self.rope_write
         yield "attention", self.attention
-        yield "exit_head", self.exit_head
-        yield "noisy", self.noisy
+        if self.width == 1:
+            yield "torch sdpa", self.library_attention
+        else:
+            yield "rope_write tree", partial(self.rope_write, tree=True)
+            yield "attention tree", partial(self.attention, tree=True)
 
 
 def measure(make: Callable[[], Trial], dtype: torch.dtype, ceiling: float) -> dict[str, Any]:
@@ -263,11 +293,13 @@ def measure(make: Callable[[], Trial], dtype: torch.dtype, ceiling: float) -> di
         dtype: whose tolerance holds.
         ceiling: GB/s of the copy.
     """
-    trial = make()
-    trial.run()
-    found, wanted = trial.found().double(), trial.wanted()
-    error = float((found - wanted).norm() / wanted.norm())
-    row: dict[str, Any] = {"error": error, "right": error <= TOLERANCE[dtype]}
+    with poisoned():
+        trial = make()
+        trial.run()
+    found, wanted = trial.found().double(), trial.wanted().double()
+    error = float((found - wanted).norm() / wanted.norm().clamp_min(1e-300))
+    right = torch.equal(found, wanted) if trial.exact else error <= TOLERANCE[dtype]
+    row: dict[str, Any] = {"error": error, "right": right}
     if row["right"]:
         device = found.device
         trials = [trial, *(make() for _ in range(sets_for(trial.moved, device) - 1))]

@@ -12,11 +12,15 @@ from typing import Any
 
 import torch
 
+from hispec.bench.gpu_library import decoding_on, fast_passes
+from hispec.bench.gpu_timing import Spans
+from hispec.drafter import SHOWN
 from hispec.model.block import Block
 from hispec.model.config import ModelConfig
 from hispec.model.gpu import GpuPasses, gpu_passes
 from hispec.model.linear import Linear
 from hispec.model.llama import Llama, weight_bytes
+from hispec.model.passes import Asked, Passes
 
 #: name → V, D, I, L, H, H_kv, D_h, tied, distinct layers
 SHAPES = {
@@ -102,6 +106,37 @@ class Steps:
                 times.append(self._now() - started)
         return sorted(times)[len(times) // 2] * 1e3
 
+    def plain_ms(self, ways: Sequence[Passes]) -> list[float]:
+        """Returns the time of a plain step on each of these passes, which take turns."""
+        times: list[list[float]] = [[] for _ in ways]
+        for repeat in range(self.repeats + 3):
+            for passes, taken in zip(ways, times, strict=True):
+                with decoding_on(self.model, passes):
+                    started = self._now()
+                    self._step()
+                    if repeat >= 3 or self.repeats == 1:
+                        taken.append(self._now() - started)
+        return [sorted(taken)[len(taken) // 2] * 1e3 for taken in times]
+
+    def device_ms(self, passes: Passes) -> float | None:
+        """Returns the part of a plain step that the device spends in the graphs of these passes."""
+        if not isinstance(passes, GpuPasses):
+            return None
+        spans = Spans(self.model.device)
+        with decoding_on(self.model, passes), passes.watched(spans.mark):
+            for _ in range(self.repeats):
+                self._step()
+        return spans.seconds() / self.repeats * 1e3
+
+    def _step(self) -> None:
+        """What the engine asks of a model for a token of plain decoding."""
+        model, layers = self.model, self.model.config.num_layers
+        states = model.run_layers(model.embed([1]), 0, layers, self.context, self._kv)
+        asked = Asked(SHOWN, 1.0, None, [self.context + 1], odds=False)
+        best = model.narrow.best(model.head, states, model.norm, asked, None)
+        found = model.logits(states).argmax(-1) if best is None else best[0]
+        found.tolist()  # sync: the host walks
+
     def _now(self) -> float:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
@@ -115,27 +150,40 @@ def step_bytes(model: Llama, context: int) -> int:
     return weight_bytes(config, model.dtype, tied=True) + context * cells * model.dtype.itemsize
 
 
-def plain_row(
+def plain_rows(
     name: str, model: Llama, context: int, repeats: int, ceiling: float
-) -> dict[str, Any]:
-    """Returns the row of plain decoding: a step replayed and kernel by kernel, over its floor."""
-    steps, layers = Steps(model, context, repeats), model.config.num_layers
-    replayed = steps.ms(1, 0, layers, head=True)
-    eager = replayed
-    if isinstance(model.narrow, GpuPasses):
-        with model.narrow.kernel_by_kernel():
-            eager = steps.ms(1, 0, layers, head=True)
+) -> list[dict[str, Any]]:
+    """Returns the rows of plain decoding: exact, then on passes that are fast and not exact.
+
+    ``device_ms`` is what of a step runs in graphs, the rest the host's; ``eager_ms`` the exact step
+    kernel by kernel instead. ``cost`` is what exactness takes of a step more than the fastest other
+    way does, as a share of that one's.
+    """
+    steps, narrow = Steps(model, context, repeats), model.narrow
+    ways = [narrow, *fast_passes(model)]
+    times = steps.plain_ms(ways)
+    eager = times[0]
+    if isinstance(narrow, GpuPasses):
+        with narrow.kernel_by_kernel():
+            (eager,) = steps.plain_ms([narrow])
     floor = step_bytes(model, context) / ceiling / 1e6
-    return {
-        "shape": name,
-        "context": context,
-        "passes": model.narrow.name,
-        "ms": replayed,
-        "eager_ms": eager,
-        "floor_ms": floor,
-        "ratio": floor / replayed,
-        "tok_per_s": 1e3 / replayed,
-    }
+    cost = times[0] / min(times[1:]) - 1
+    return [
+        {
+            "shape": name,
+            "context": context,
+            "passes": passes.name,
+            "numerics": "exact" if passes is narrow else "fast",
+            "ms": ms,
+            "device_ms": steps.device_ms(passes),
+            "eager_ms": eager if passes is narrow else None,
+            "floor_ms": floor,
+            "ratio": floor / ms,
+            "tok_per_s": 1e3 / ms,
+            "cost": cost if passes is narrow else None,
+        }
+        for passes, ms in zip(ways, times, strict=True)
+    ]
 
 
 def curve_rows(name: str, model: Llama, context: int, repeats: int) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -104,6 +104,7 @@ class GpuPasses:
         self._dtype = dtype
         self._device = device
         self._graphs = Graphs(device)
+        self._mark: Callable[[], object] | None = None
         self._of_cache: weakref.WeakKeyDictionary[KVCache, _Known] = weakref.WeakKeyDictionary()
         self._of_heads: _Known = {}
         self._straight = plan.STRAIGHT
@@ -147,7 +148,7 @@ class GpuPasses:
         tree = nodes is not None and not nodes.straight(position + width - nodes.root)
         self._send_plan(position, width, nodes if tree else None)
         self._x[:width].copy_(x)
-        rows = 16 if width <= 16 else MAX_WIDTH
+        rows = self._rows(width)
         needed = -(-(position + width) // 128)
         splits = min(_bucket(needed), kv.keys[0].shape[1] // 128)
 
@@ -158,7 +159,7 @@ class GpuPasses:
                 self._run_blocks(blocks, kv, first, rows, width, needed, tree)
 
         known = self._of_cache.setdefault(kv, {})
-        self._graphs.run(known, (blocks[0], first, len(blocks), rows, splits, tree), work)
+        self._replay(known, (blocks[0], first, len(blocks), rows, splits, tree), work)
         return self._x[:width].clone()
 
     def _run_blocks(
@@ -177,7 +178,7 @@ class GpuPasses:
             blocks: see :meth:`run`.
             kv: likewise.
             first: likewise.
-            rows: of the buffers, 16 or 32.
+            rows: of the buffers; see :meth:`_rows`.
             started: rows for which programs are started, at least the plan's width.
             splits: of the cache's positions, at least to the last row's.
             tree: whether the plan holds one.
@@ -205,6 +206,11 @@ class GpuPasses:
             gated_product(h, block.gate_up.weight, width, hidden, block.gate_up.bias)
             product(hidden, block.down.weight, width, x, block.down.bias, residual=x)
 
+    @staticmethod
+    def _rows(width: int) -> int:
+        """Returns how many rows of the buffers a pass of ``width`` takes: whole tiles."""
+        return 16 if width <= 16 else MAX_WIDTH
+
     def _send_plan(self, position: int, width: int, nodes: Nodes | None) -> None:
         """Tells the device where the rows stand; see :mod:`hispec_kernels.gpu.plan`."""
         length = 4 if nodes is None else len(self._plan)
@@ -228,6 +234,15 @@ class GpuPasses:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
+    def _replay(self, known: _Known, key: Hashable, work: Callable[[bool], None]) -> None:
+        """See :meth:`hispec.model.graphs.Graphs.run`."""
+        mark = self._mark
+        if mark:
+            mark()
+        self._graphs.run(known, key, work)
+        if mark:
+            mark()
+
     @contextmanager
     def kernel_by_kernel(self) -> Iterator[None]:
         """Inside, nothing is replayed from graphs."""
@@ -236,6 +251,21 @@ class GpuPasses:
             yield
         finally:
             self._graphs.on = before
+
+    @contextmanager
+    def watched(self, mark: Callable[[], object]) -> Iterator[None]:
+        """Inside, ``mark`` is called right before and right behind all that graphs stand for."""
+        before, self._mark = self._mark, mark
+        try:
+            yield
+        finally:
+            self._mark = before
+
+    @property
+    def captured(self) -> int:
+        """Graphs there are: of caches that still live, and of heads."""
+        known = (*self._of_cache.values(), self._of_heads)
+        return sum(graph is not None for graphs in known for graph in graphs.values())
 
     # ------------------------------------------------------------------ the cache
 
@@ -264,7 +294,7 @@ class GpuPasses:
         if len(x) > MAX_WIDTH:
             return torch.cat([self.project(linear, part, norm) for part in x.split(MAX_WIDTH)])
         width, size = x.shape
-        rows = 16 if width <= 16 else MAX_WIDTH
+        rows = self._rows(width)
         self._fill(x, norm is not None)
         if linear.rows not in self._outputs:
             self._outputs[linear.rows] = torch.zeros(MAX_WIDTH, linear.rows, device=self._device)
@@ -274,7 +304,7 @@ class GpuPasses:
         def work(whole: bool) -> None:
             self._project(linear, norm, size, rows, rows if whole else width, out[:rows])
 
-        self._graphs.run(known, key, work)
+        self._replay(known, key, work)
         return out[:width].clone()
 
     def best(
@@ -285,7 +315,7 @@ class GpuPasses:
 
         k, temperature, seed, positions, _ = asked
         width, size = x.shape
-        rows = 16 if width <= 16 else MAX_WIDTH
+        rows = self._rows(width)
         self._fill(x, True)
         self._temperature.fill_(temperature)
         if seed is not None:
@@ -297,7 +327,7 @@ class GpuPasses:
             started = rows if whole else width
             self._best[key] = self._rank(linear, norm, size, rows, started, k, seed, ids)
 
-        self._graphs.run(self._of_heads, key, work)
+        self._replay(self._of_heads, key, work)
         found, odds = self._best[key]
         return found[:width].clone(), odds[:width].clone()
 

@@ -35,11 +35,19 @@ def test_every_stage_tiny(
     if importlib.util.find_spec("triton") is not None:
         names = {row["kernel"] for row in stages["kernels"]}
         assert {"product qkv", "gated_product", "attention", "exit_head", "rope_write"} <= names
+        assert {"attention tree", "add_rms_norm", "top_k", "noisy", "follow", "compact"} <= names
         assert all(row["right"] and row["ms"] > 0 for row in stages["kernels"])
-        assert stages["ar"][0]["passes"] == "triton"
+        exact, *others = [row for row in stages["ar"] if "passes" in row]
+        assert exact["passes"] == "triton" and exact["numerics"] == "exact"
+        assert {row["numerics"] for row in others} == {"fast"}
+        assert exact["cost"] == exact["ms"] / min(row["ms"] for row in others) - 1
+        assert all(row["device_ms"] > 0 for row in (exact, *others))
+        parts = [row for row in stages["ar"] if "op" in row]
+        assert parts[-1]["op"] == "all else" and not any("right" in row for row in parts)
+        assert sum(row["ms"] for row in parts) == pytest.approx(exact["ms"])
     assert stages["ar"][0]["floor_ms"] > 0
     assert {row["method"] for row in stages["spec"]} >= {"ar", "layerskip", "hispec"}
-    assert all(row["differ"] == 0 for row in stages["spec"])
+    assert all(row["differ"] == 0 and 0 <= row["host"] < 1 for row in stages["spec"])
     assert {row["method"] for row in stages["peers"]} >= {"ar", "hf", "hf-prompt-lookup"}
     assert {row.get("way") for row in stages["shapes"]} >= {"layerskip 4", "hispec 2/4"}
     printed = capsys.readouterr().out

@@ -5,9 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
-from helpers.gpu_llama import DEVICE
-from helpers.interpreter import exact_dots
+from helpers.gpu_llama import open_gpu_lm
 from helpers.lms import HEAD_KINDS, chain, open_lm, save_exits, save_model
 
 from hispec import shelf
@@ -15,8 +13,6 @@ from hispec.generation import LM
 from hispec.hierarchy import MAX_WIDTH, Hierarchy, Level
 from hispec.model.checkpoint import open_checkpoint
 from hispec.model.exits import Exits
-from hispec.model.gpu import gpu_passes
-from hispec.model.llama import Llama
 from hispec.result import Result
 
 PROMPT, COUNT = list(range(3, 12)), 6
@@ -36,16 +32,7 @@ def exits(folder: Path) -> Exits:
 
 @pytest.fixture(scope="module")
 def lm(folder: Path, exits: Exits) -> LM:
-    exact_dots()
-    checkpoint = open_checkpoint(folder)
-    with torch.inference_mode():
-        model = Llama.load(checkpoint, torch.float32, DEVICE, layout="plain")
-        passes, why = gpu_passes(model.config, model.rotary, torch.float32, DEVICE, model.blocks[0])
-        assert passes is not None, why
-        model.narrow, model.why_not_native = passes, ""
-    lm = LM(checkpoint, model, exits)
-    lm.eos = frozenset()  # a random model ends its texts at random
-    return lm
+    return open_gpu_lm(folder, exits)
 
 
 def answer(lm: LM, hierarchy: Hierarchy) -> Result:

@@ -211,7 +211,7 @@ def test_a_resumed_run_ends_with_the_same_file(folder, tmp_path, sampling) -> No
 
 
 def test_killed_half_way(folder: Path, tmp_path: Path) -> None:
-    source = prompts(tmp_path / "prompts.jsonl", 40)
+    source = prompts(tmp_path / "prompts.jsonl", 24)
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     options = ("--temperature", "0.8", "--seed", "3", "--max-new-tokens", "24")
     assert main(command(folder, source, whole, *options)) == 0

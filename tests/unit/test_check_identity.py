@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from helpers.lms import save_model
+from helpers.lms import open_lm, save_model
 
+from hispec.errors import UsageError
 from hispec.model.cache import Cache
+from hispec.model.device import Choice
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,6 +83,64 @@ def test_kept_ids_are_run_anew_where_a_hierarchy_differs(
     assert run(*options)[0] == 0
     assert "plain decoding itself has changed" in capsys.readouterr().out
     assert json.loads((tmp_path / "kept.json").read_text()) == kept
+
+
+def test_hierarchies_from_files_and_patterns(run, script, tmp_path: Path) -> None:
+    folder = tmp_path / "hierarchies"
+    folder.mkdir()
+    levels = '{"levels": [{"exit_layer": 1, "window": 2}], "sources": {"context": 4}, "nodes": 4}'
+    for name in ("b", "a"):
+        (folder / f"{name}.json").write_text(levels)
+    names = f"hd,{folder}/*.json"
+    code, rows = run("--device=cpu", "--dtypes=fp32", "--positions=0", "--hierarchies", names)
+    assert code == 0
+    files = [str(folder / f"{name}.json") for name in "ab"]
+    assert rows[-1]["counts"] == {name: [2, 2] for name in ("hd", *files)} | {
+        "transformers": [0, 0]
+    }
+    assert rows[0]["settings"]["device"] == "cpu"
+    with pytest.raises(UsageError, match=r"c\*\.json"):
+        run("--positions=0", "--hierarchies", f"{folder}/c*.json")
+
+
+def test_a_gpu_runs_its_own_dtypes(
+    run, script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    cuda = torch.device("cuda")
+    asked: list[tuple[str, str]] = []
+
+    def load(model: str, *, exits: Any, dtype: str, device: str) -> Any:
+        asked.append((dtype, device))
+        return open_lm(tmp_path / "model")
+
+    monkeypatch.setattr(script, "choose", lambda name: Choice(cuda, torch.bfloat16, name))
+    monkeypatch.setattr(script.hispec, "load", load, raising=False)
+    code, rows = run("--positions=0", "--hierarchies=hispec", "--hf", "--device=cuda")
+    assert code == 0
+    assert asked == [("bf16", "cuda"), ("fp16", "cuda")]
+    assert [row["dtype"] for row in rows if row["kind"] == "summary"] == ["bf16", "fp16"]
+    assert "transformers: left out" in capsys.readouterr().out
+
+
+def test_a_cpu_has_no_fp16(run) -> None:
+    with pytest.raises(UsageError, match="fp16 needs a CUDA device"):
+        run("--device=cpu", "--dtypes=fp16")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_bits_on_the_passes_of_a_gpu(script, monkeypatch: Any, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    from helpers.gpu_llama import random_llama
+
+    monkeypatch.setattr(script, "WARM", 124)
+    with torch.inference_mode():
+        model = random_llama(dtype)
+    levels = SimpleNamespace(exit_layers=(1, 2))
+    lm = SimpleNamespace(model=model, hierarchy=lambda name: levels)
+    text = [(7 * place) % 53 for place in range(132)]
+    found = script.compare_bits(lm, [text], 8)
+    assert found["positions"] == 8 and found["longest"] == 132  # behind the first split
+    assert found["rows_that_differ"] == found["bits_that_differ"] == 0
 
 
 def test_bits_are_counted(script) -> None:

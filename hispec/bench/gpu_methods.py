@@ -1,0 +1,149 @@
+"""Methods side by side on a GPU: whose tokens differ, how fast they are, and what the host takes.
+
+A pass's first time compiles its kernels and its second captures its graph, and which passes a text
+takes depends on its length and its drafts. So before anything is timed our methods answer every
+question twice; ``captures`` counts the graphs that were captured under the clock all the same.
+
+The host's part of decoding, two ways:
+
+    host    1 − Σ time_s of the levels / decode_s    what runs between passes: databases, the tree
+    idle    1 − Σ graphs' time / decode_s            what the device has no graph to run in
+
+Passes are asynchronous, and a level's ``time_s`` ends when the host goes on: launching lies in it,
+and so does waiting for the device. So ``host`` leaves out what a pass costs to launch, and counts
+what is done while the device works. ``idle`` is told by events around the graphs, in a run of its
+own. The few copies and lookups outside of them, and what a head catches up on in the prompt, count
+as idle: it is the most that the host may take. Not so a graph's launch, some ten microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from hispec.bench.gpu_library import PlainOn, fast_passes
+from hispec.bench.gpu_timing import Spans
+from hispec.bench.methods import Engine, Method, Outcome, Question, Workbench
+from hispec.generation import LM
+from hispec.model.gpu import GpuPasses
+
+Row = dict[str, Any]
+#: Questions over which the device's idle time is told.
+WATCHED = 3
+
+
+def plain_on_fast(bench: Workbench) -> list[Method]:
+    """Returns plain decoding on passes that are not exact, where no other row has them already."""
+    model = bench.lm.model
+    if not isinstance(model.narrow, GpuPasses):
+        return []
+    return [PlainOn(bench, passes) for passes in fast_passes(model)]
+
+
+def warm_up(methods: Sequence[Method], questions: Sequence[Question], device: torch.device) -> None:
+    """Lets everything be compiled and captured that answering these questions takes.
+
+    Others' methods compile nothing for a length, so they answer the longest question alone.
+    """
+    longest = max(questions, key=lambda question: len(question.ids))
+    for method in methods:
+        again = device.type == "cuda" and isinstance(method, Engine)
+        for question in [*questions, *questions] if again else [longest]:
+            method(Question(question.ids, question.limit))
+
+
+def compare(
+    lm: LM, methods: Sequence[Method], questions: Sequence[Question], clear: Callable[[], None]
+) -> Iterator[Row]:
+    """Yields a row a method: every question answered by each in turn, after a warm-up.
+
+    Args:
+        lm: the model.
+        methods: plain decoding first.
+        questions: what is asked.
+        clear: called before the first timed answer.
+    """
+    model = lm.model
+    warm_up(methods, questions, model.device)
+    clear()
+    totals = {method.name: _Total(method, model.narrow) for method in methods}
+    for number, question in enumerate(questions):
+        wanted: list[int] | None = None
+        for method in methods:
+            outcome = totals[method.name].answer(question, wanted)
+            wanted = outcome.token_ids if wanted is None else wanted
+        for method in methods if number < WATCHED else ():
+            totals[method.name].watch(question, model.device)
+    plain = totals[methods[0].name].s_per_token
+    for total in totals.values():
+        yield total.row(plain)
+
+
+class _Total:
+    """What a method has taken so far.
+
+    Args:
+        method: the method.
+        narrow: the model's passes, on which it runs unless it has some of its own.
+    """
+
+    def __init__(self, method: Method, narrow: Any) -> None:
+        self._method = method
+        passes = getattr(method, "passes", narrow) if isinstance(method, Engine) else None
+        self._passes = passes if isinstance(passes, GpuPasses) else None
+        self._counts = dict.fromkeys(("prompts", "tokens", "passes", "differ", "captures"), 0)
+        self._decode_s = self._ttft_s = self._levels_s = 0.0
+        self._watched_s = self._busy_s = 0.0
+
+    def answer(self, question: Question, wanted: Sequence[int] | None) -> Outcome:
+        """Returns the answer, counted.
+
+        Args:
+            question: what is asked.
+            wanted: plain decoding's answer, if it is known.
+        """
+        before = self._passes.captured if self._passes else 0
+        outcome, counts = self._method(question), self._counts
+        counts["captures"] += (self._passes.captured if self._passes else 0) - before
+        counts["prompts"] += 1
+        counts["tokens"] += len(outcome.token_ids) - outcome.first
+        counts["passes"] += outcome.passes
+        counts["differ"] += wanted is not None and outcome.token_ids != wanted
+        self._decode_s += outcome.decode_s
+        self._ttft_s += outcome.prefill_s
+        self._levels_s += sum(level.get("time_s", 0.0) for level in outcome.levels)
+        return outcome
+
+    def watch(self, question: Question, device: torch.device) -> None:
+        """Tells when the device is at work, on a question that has been prefilled."""
+        if self._passes:
+            spans = Spans(device)
+            with self._passes.watched(spans.mark):
+                outcome = self._method(question)
+            self._watched_s += outcome.decode_s
+            self._busy_s += spans.seconds()
+
+    @property
+    def s_per_token(self) -> float:
+        """Seconds a decoded token."""
+        return self._decode_s / max(self._counts["tokens"], 1)
+
+    def row(self, plain: float) -> Row:
+        """Returns the method's row.
+
+        Args:
+            plain: seconds a token of plain decoding.
+        """
+        each, ours = self.s_per_token, isinstance(self._method, Engine)
+        return {
+            "method": self._method.name,
+            **self._counts,
+            "decode_s": self._decode_s,
+            "ttft_s": self._ttft_s / self._counts["prompts"],
+            "tok_per_s": 1 / each if each else None,
+            "speedup": plain / each if each else None,
+            "host": 1 - self._levels_s / self._decode_s if ours and self._decode_s else None,
+            "idle": 1 - self._busy_s / self._watched_s if self._watched_s else None,
+        }
