@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.scripts import script
 from safetensors.torch import load_file, save_file
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "average_exits.py"
 
 
 def average(*folders: Path) -> int:
-    spec = importlib.util.spec_from_file_location("average_exits", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     sys.argv = ["average_exits", *map(str, folders)]
-    return module.main()
+    return script("average_exits").main()
 
 
 @pytest.fixture

@@ -254,6 +254,7 @@ def test_measured_acceptance_is_written_into_the_folder(
         8,
     )
     assert table["top1"] == tables["2"]["top1"] and "by_offset" in table
+    assert tables["2"]["predicted_speedup"] > 0 and 1 <= tables["2"]["best_window"] <= 8
     assert (folder / "exit_2.safetensors").read_bytes() == weights
     revived = measure.revive(TrainedExits.from_pretrained(folder, checkpoint), checkpoint)
     assert torch.equal(revived.vocab_ids(2), exits.vocab_ids(2))
@@ -266,5 +267,6 @@ def test_measured_acceptance_is_written_into_the_folder(
     with pytest.raises(HispecError, match=f"cannot write {folder} .No space left") as caught:
         measure.main(args)
     assert "\n" not in str(caught.value) and "tables are printed" in str(caught.value)
-    assert json.loads(capsys.readouterr().out) == tables
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["2"]["top1"] == table["top1"], "nothing that was measured is lost"
     assert {path: path.read_bytes() for path in folder.iterdir()} == before

@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
+from helpers.scripts import script
 from helpers.tiny_llama import save_tiny_llama
 
 from hispec.model.checkpoint import open_checkpoint
 from hispec_training.data import Record, encode_prompt, read_records
-
-ROOT = Path(__file__).parents[2]
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_model_makes_up_prompts(tmp_path: Path, monkeypatch, capsys) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hispec.planner.cost_table import TARGET, CostTable
 from hispec_training.batches import collate, fixed_roots
 from hispec_training.exits import Exits
 from hispec_training.shard_cache import Texts
@@ -68,39 +69,21 @@ class Tally:
         return float((lengths * self.runs).sum() / self.runs.sum().clamp_min(1))
 
 
-@dataclass(frozen=True)
-class Costs:
-    """Milliseconds at batch 1, as measured for SmolLM2-135M on two cores in bf16.
+def tokens_per_ms(runs: Sequence[float], costs: CostTable, exit_layer: int) -> tuple[float, int]:
+    """Predicted tokens per millisecond at the best window of an exit that drafts, and that window.
 
-    Attributes:
-        layer: One layer or block at width 1.
-        head: The head with all rows; fewer cost in proportion.
-        full: A full pass at width 1.
-        wider: What each further token adds to a full pass.
-        fixed: What a draft token costs besides.
+    Args:
+        runs: (ROUND,) expected accepted tokens of a greedy draft of 1, 2, … tokens.
+        costs: Of the exit's passes and the target's, which goes on from the exit's states.
+        exit_layer: e.
     """
-
-    layer: float = 0.42
-    head: float = 0.9
-    full: float = 15.5
-    wider: float = 0.25
-    fixed: float = 0.1
-
-    def draft(self, exit_layer: int, has_block: bool, rows_share: float) -> float:
-        """Milliseconds of one draft token."""
-        return self.fixed + self.layer * (exit_layer + has_block) + self.head * rows_share
-
-
-def tokens_per_ms(tally: Tally, draft_ms: float, costs: Costs = Costs()) -> tuple[float, int]:
-    """Predicted tokens per millisecond at the best window, and that window.
-
-    The full pass is charged whole, though it need not repeat the exit's layers.
-    """
-    rates = {
-        w: (1 + tally.mean_run(w)) / (w * draft_ms + costs.full + costs.wider * w)
-        for w in range(1, ROUND + 1)
-    }
-    best = max(rates, key=lambda w: rates[w])
+    name = f"exit {exit_layer}"
+    rates = {}
+    for window, run in enumerate(runs, 1):
+        drafting = window * costs.pass_s(name, 0, 1) + costs.round_s.get(name, 0.0)
+        seconds = drafting + costs.pass_s(TARGET, exit_layer, window + 1)
+        rates[window] = (1 + run) / seconds / 1e3
+    best = max(rates, key=lambda window: rates[window])
     return rates[best], best
 
 

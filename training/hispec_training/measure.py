@@ -3,8 +3,9 @@
     python -m hispec_training.measure --model M --exits DIR --data FILE... [--write]
 
 Prints one JSON document with each exit's table: agreement over all positions, by category, by
-distance from the root, and the mean run of right guesses for every window. ``--write`` makes it
-the acceptance table of the folder's config and model card. What ``hispec distill --states`` has
+distance from the root, the mean run of right guesses for every window, and what that is expected
+to bring on this machine, whose passes are timed for it. ``--write`` makes it the acceptance table
+of the folder's config and model card. What ``hispec distill --states`` has
 kept of the texts is not computed again.
 """
 
@@ -19,9 +20,12 @@ from pathlib import Path
 import torch
 
 from hispec.files import disk_errors
+from hispec.loading import load
 from hispec.model.checkpoint import Checkpoint, open_checkpoint
+from hispec.planner.cost_table import CostTable
+from hispec.planner.costs import cost_table
 from hispec_training.answers import shards_of
-from hispec_training.evaluate import ROUND, Costs, evaluate, tokens_per_ms
+from hispec_training.evaluate import ROUND, evaluate, tokens_per_ms
 from hispec_training.exits import Exits
 from hispec_training.export import TrainedExits, load_into
 from hispec_training.options import run
@@ -83,17 +87,30 @@ def main(args: argparse.Namespace) -> int:
     tables = {e: {"texts": name, **tally.table()} for e, tally in tallies.items()}
     for entry in saved.record["exits"]:
         entry["acceptance"] = dict(tables[entry["exit_layer"]])
+    costs = passes_of(args.model, args.exits)
     for e, tally in tallies.items():
-        share = len(exits.vocab_ids(e)) / checkpoint.config.vocab_size
-        draft_ms = Costs().draft(e, exits.specs[e].has_block, share)
-        rate, window = tokens_per_ms(tally, draft_ms)
-        tables[e] |= {"predicted_tok_per_ms": round(rate, 5), "best_window": window}
+        runs = [tally.mean_run(window) for window in range(1, ROUND + 1)]
+        rate, window = tokens_per_ms(runs, costs, e)
+        tables[e] |= {
+            "draft_ms": round(1e3 * costs.pass_s(f"exit {e}", 0, 1), 4),
+            "predicted_tok_per_ms": round(rate, 5),
+            "best_window": window,
+            "predicted_speedup": round(rate * 1e3 * costs.plain_s, 4),
+        }
     print(json.dumps(tables), flush=True)  # before the disk has a chance to lose it
     if args.write:
         advice = "the tables are printed; free some room and run again"
         with disk_errors(args.exits, advice):
             saved.save_record(args.exits)
     return 0
+
+
+def passes_of(model: str, exits: Path) -> CostTable:
+    """What passes of a model and its saved exits take here, in the dtype that decoding picks."""
+    lm = load(model, exits=exits)
+    assert lm.exits is not None, "a folder was given"
+    heads = {e: lm.head(e) for e in lm.exits.exit_layers}
+    return cost_table(lm.model, heads, anew=True)
 
 
 def revive(saved: TrainedExits, checkpoint: Checkpoint) -> Exits:
