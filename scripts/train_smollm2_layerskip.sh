@@ -13,9 +13,11 @@
 # than this asks for, and went on with every text to the last layer, which kept the model better:
 #   hispec train … --start-from OUT --rank 64 --deep-rank 12 --batch-tokens 1536 \
 #     --keep 6 --keep-share 1 --keep-fraction 1 --lr 0.0004 --soft 0.7
-# scripts/results/LOG.md has both runs.
+# and nine tenths of it shipped:
+#   scripts/scale_adapter.py OUT 0.9 SHIPPED --held-out OUT/work/held_out --perplexity TEXT
+# scripts/results/LOG.md has the runs.
 set -euo pipefail
-[ $# -ge 4 ] || { sed -n '2,18s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 4 ] || { sed -n '2,20s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 ensure_env test # with the training libraries
 data=$1 plain=$2 text=$3 out=$4
