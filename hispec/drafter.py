@@ -90,6 +90,7 @@ class Drafter:
         budgets = dict(hierarchy.sources)
         self._nodes = hierarchy.nodes
         self._branches = hierarchy.branches
+        self._lowest = hierarchy.levels[0].name if hierarchy.levels else ""
         self.odds = odds or Odds()
         self._sources = [
             (x, budgets[x.name], self.odds.start(x.name, x.priors))
@@ -373,7 +374,7 @@ class Drafter:
         for origin in origins:
             if origin in self.counts:
                 self.counts[origin].accepted += 1
-        self.worth.passed(origins, width, alone, 1 + len(self._alone))
+        self.worth.passed(origins, width, self._lowest, alone, 1 + len(self._alone))
         self._top, self._alone = Offer(), set()
         for source, _, _ in self._sources:
             started = time.perf_counter()

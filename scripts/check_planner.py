@@ -33,6 +33,7 @@ from hispec.bench.sweep import default_exits
 from hispec.commands.bench import execute
 from hispec.commands.plan import calibrated, halves, settled
 from hispec.errors import HispecError
+from hispec.files import write_whole
 from hispec.generation import LM
 from hispec.hierarchy import AR, Hierarchy, Level
 from hispec.loading import load
@@ -76,11 +77,10 @@ def main(arguments: list[str] | None = None) -> int:
     except HispecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    args.out.mkdir(parents=True, exist_ok=True)
     name = "synthetic" if args.synthetic else "rows"
     lines = [json.dumps(row) + "\n" for row in rows]
-    (args.out / f"{name}.jsonl").write_text("".join(lines))
-    (args.out / f"{name}-provenance.json").write_text(json.dumps(collect(lm), indent=1) + "\n")
+    write_whole(args.out / f"{name}.jsonl", "".join(lines))
+    write_whole(args.out / f"{name}-provenance.json", json.dumps(collect(lm), indent=1) + "\n")
     show(rows)
     bound = 0.05 if args.synthetic else 0.1
     return int(any(abs(row["error"]) > bound for row in rows if row["counts"]))

@@ -5,8 +5,9 @@
 
 Every kind of head, with all rows of the vocabulary and with the most frequent ones, is trained on
 the same answers (what ``hispec distill`` wrote) for the same time, judged on the same held-out
-answers, and its passes are timed on this machine. Tokens per millisecond at the best window decide:
-acceptance and cost together. A head that is there already is not trained again. Writes
+answers, and its passes are timed on this machine. What decides is the speed-up to expect of a chain
+that it drafts alone, at the best window: acceptance and cost together. A head of that exit, kind,
+rows and minutes that is in DIR already is not trained again, so other data want another DIR. Writes
 heads.jsonl and prints it as a table.
 """
 
@@ -21,8 +22,9 @@ from typing import Any
 from hispec.bench.provenance import collect
 from hispec.cli import main as hispec
 from hispec.errors import HispecError
+from hispec.files import write_whole
 from hispec.loading import load
-from hispec.planner.costs import cost_table
+from hispec.planner.calibrate import timed
 from hispec_training.evaluate import ROUND, tokens_per_ms
 
 KINDS = ("shared", "affine", "block", "lora")
@@ -47,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         for kind in args.heads:
             for size in args.rows:
-                folder = args.out / f"{kind}-{size or 'all'}"
+                folder = named(args, kind, size)
                 if not (folder / "config.json").exists() and (code := train(args, kind, size)):
                     return code
                 rows.append(judged(args, kind, folder))
@@ -57,14 +59,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     lines = [json.dumps({**row, "provenance": provenance}) + "\n" for row in rows]
-    (args.out / "heads.jsonl").write_text("".join(lines))
+    write_whole(args.out / "heads.jsonl", "".join(lines))
     show(rows)
     return 0
 
 
+def named(args: argparse.Namespace, kind: str, size: int) -> Path:
+    """Returns the folder of a head; its name says what tells heads apart in one --out."""
+    return args.out / f"exit{args.exit}-{kind}-{size or 'all'}-{args.minutes:g}min"
+
+
 def train(args: argparse.Namespace, kind: str, size: int) -> int:
     """Trains one head in a folder of its own; states are computed once for all of them."""
-    folder = args.out / f"{kind}-{size or 'all'}"
+    folder = named(args, kind, size)
     (folder / "work").mkdir(parents=True, exist_ok=True)
     for name in ("cache", "held_out"):
         (args.out / name).mkdir(exist_ok=True)
@@ -83,7 +90,7 @@ def judged(args: argparse.Namespace, kind: str, folder: Path) -> dict[str, Any]:
     (entry,) = config["exits"]
     table = entry["acceptance"]
     lm = load(args.model, exits=folder)
-    costs = cost_table(lm.model, {args.exit: lm.head(args.exit)}, anew=True)
+    costs = timed(lm)
     runs = [table["mean_run"][str(window)] for window in range(1, ROUND + 1)]
     rate, window = tokens_per_ms(runs, costs, args.exit)
     return {

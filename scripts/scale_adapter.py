@@ -6,7 +6,8 @@
 Between the original and the adapted model perplexity rises faster than exits gain (weights between
 two fine-tuned models, arXiv 2109.01903), so the last tenth of an adapter's way costs more than it
 brings. OUT gets ADAPTER with its scales times FACTOR, judged as training judges: on the answers in
-CACHE (``work/held_out`` of the run that made ADAPTER) and the first tokens of TEXT. What the
+CACHE (``work/held_out`` of the run that made ADAPTER, with its --held-out) and the first tokens of
+TEXT. What the
 original does is taken from ADAPTER's quality.json.
 """
 
@@ -21,6 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from hispec.errors import HispecError
+from hispec.files import write_whole
 from hispec.model.adapter import CONFIG, WEIGHTS, Adapter, merge
 from hispec.model.checkpoint import open_checkpoint
 from hispec_training.lora import card, exits_record, judge, read_text, summary
@@ -64,27 +66,33 @@ def make(args: argparse.Namespace) -> None:
     exits = [entry["exit_layer"] for entry in record["exits"]]
     ids = read_text(args.perplexity, original)[: args.perplexity_tokens]
     cache = ShardCache(sorted(args.held_out.glob("shard-*.safetensors")))
-    args.out.mkdir(parents=True)
+    judged = quality.get("perplexity_text"), quality["before"].get("positions")
+    asked = f"{args.perplexity.name}, {len(ids)} tokens", sum(cache.response_lengths)
+    if judged != asked:
+        raise HispecError(
+            f"{args.adapter} was judged on {judged[0]} and {judged[1]} positions of answers, not "
+            f"on {asked[0]} and {asked[1]}: give the same."
+        )
     config = scaled(dict(adapter.config), args.factor)
-    (args.out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    write_whole(args.out / CONFIG, json.dumps(config, indent=2) + "\n")
     shutil.copyfile(args.adapter / WEIGHTS, args.out / WEIGHTS)
     # Its record names the weights that it merges into, which are not known yet.
     with TemporaryDirectory() as folder:
         merge(Adapter.open(args.out), original, Path(folder))
         merged = open_checkpoint(folder)
         quality["after"] = judge(merged, exits, cache, ids)
-        facts = {**record["training"], "scaled": args.factor}
+        factor = args.factor * record["training"].get("scaled", 1.0)
+        facts = {**record["training"], "scaled": factor}
         made = exits_record(original, merged, record["base"]["model"], exits, facts)
     before, after = quality["before"], quality["after"]
     quality["perplexity_change"] = round(after["perplexity"] / before["perplexity"] - 1, 4)
-    quality["perplexity_text"] = f"{args.perplexity.name}, {len(ids)} tokens"
     made["hierarchies"] = record["hierarchies"]
     for name, text in (
         ("config.json", json.dumps(made, indent=2) + "\n"),
         ("quality.json", json.dumps(quality, indent=1) + "\n"),
         ("README.md", card(made, quality)),
     ):
-        (args.out / name).write_text(text)
+        write_whole(args.out / name, text)
     print("\n".join(summary(quality)))
 
 

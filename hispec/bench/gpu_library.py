@@ -115,8 +115,24 @@ class LibraryPasses(GpuPasses):
     def best(
         self, linear: Linear, x: Tensor, norm: Tensor, asked: Asked, ids: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
-        """Nothing: torch has no such step."""
-        return None
+        """See :class:`~hispec.model.passes.Passes`; greedy picks alone, one a row."""
+        from hispec_kernels.gpu.rms_norm import add_rms_norm
+
+        _, _, seed, _, odds = asked
+        if odds or seed is not None or len(x) > MAX_WIDTH:
+            return None
+        width, size = x.shape
+        self._fill(x, True)
+        key = (linear, norm, width, "pick")
+
+        def work(whole: bool) -> None:
+            states, h = (y[:width] for y in self._inputs[size])
+            add_rms_norm(states, norm, self._config.rms_norm_eps, self._count, h)
+            self._found[key] = linear(h).argmax(-1, keepdim=True)
+
+        self._replay(self._of_heads, key, work)
+        picks = self._found[key] if ids is None else ids[self._found[key]]
+        return picks.clone(), torch.zeros_like(picks, dtype=torch.float32)
 
 
 def fast_passes(model: Llama) -> list[Passes]:

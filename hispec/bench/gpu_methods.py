@@ -117,8 +117,9 @@ class _Total:
         return outcome
 
     def watch(self, question: Question, device: torch.device) -> None:
-        """Tells when the device is at work, on a question that has been prefilled."""
-        if self._passes:
+        """Tells when the device is at work, unless another model's graphs run, too."""
+        models = self._method.hierarchy.models if isinstance(self._method, Engine) else ()
+        if self._passes and not models:
             spans = Spans(device)
             with self._passes.watched(spans.mark):
                 outcome = self._method(question)

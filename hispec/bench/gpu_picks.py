@@ -179,7 +179,8 @@ def step_rows(cases: Picks, step_ms: float, ceiling: float) -> list[dict[str, An
     """Returns where a plain step's time goes, what loses most against its floor first.
 
     Each kernel is timed by itself, as often as a step runs it. The last row is what they do not
-    account for: gaps between kernels, copies, the host's launching and its look at the pick.
+    account for: gaps between kernels, copies, the host's launching and its look at the pick, and
+    programs that a graph starts for rows and splits which one row at this place does not need.
 
     Args:
         cases: of width 1.

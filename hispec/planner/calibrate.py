@@ -112,14 +112,14 @@ def calibrate(
     heads = {exit_layer: lm.head(exit_layer) for exit_layer in exits}
     label = lm.exits.fingerprint if lm.exits else "own"
     costs = cost_table(lm.model, heads, context, label, anew=True)
+    usual = min(prompts, key=lambda ids: abs(len(ids) - context))
+    plain = plainly(lm, usual)
     costs = replace(
         costs, models_s=models_cost(lm, models, context), prompt_s=prompt_cost(lm, models)
     )
     acceptance = Acceptance()
     shadows: list[Shadow] = []
     answers: list[Result] = []
-    usual = min(prompts, key=lambda ids: abs(len(ids) - context))
-    plain = lm.generate(usual, hierarchy=AR, max_new_tokens=PLAIN_TOKENS, learn=False)
     for number, ids in enumerate(prompts, 1):
         tell(f"answer {number} of {len(prompts)}")
         answer = lm.generate(ids, hierarchy=HD, max_new_tokens=max_new_tokens, learn=False)
@@ -138,11 +138,20 @@ def calibrate(
     return found
 
 
+def timed(lm: LM) -> CostTable:
+    """Returns what passes of a model and its exits take in earnest here, measured now."""
+    exits = lm.exits.exit_layers if lm.exits else ()
+    label = lm.exits.fingerprint if lm.exits else "own"
+    costs = cost_table(lm.model, {e: lm.head(e) for e in exits}, label=label, anew=True)
+    room = lm.model.config.max_positions - PLAIN_TOKENS - 1
+    return fitted(costs, plainly(lm, [0] * max(min(costs.context, room), 1)))
+
+
 def models_cost(lm: LM, models: Sequence[str], context: int) -> dict[str, list[float]]:
     """Returns seconds of a whole pass of each separate model by rows, by its level's name."""
     found = {}
     for model in models:
-        own = cost_table(lm.separate(model).model, {}, context)
+        own = cost_table(lm.separate(model).model, {}, context, anew=True)
         rows = [own.pass_s(TARGET, 0, width) for width in range(1, MAX_WIDTH + 1)]
         found[Level(0, 1, model=model).name] = [0.0, *rows]
     return found
@@ -161,17 +170,26 @@ def prompt_cost(lm: LM, models: Sequence[str]) -> dict[str, float]:
                 cache.truncate(0)
                 started = time.perf_counter()
                 own.prefill(cache, [0] * length)
+                float(cache.states[own.config.num_layers][0, 0])  # sync: the prompt is read
                 times.append(time.perf_counter() - started)
         found[Level(0, 1, model=model).name] = min(times) / length
     return found
 
 
+def plainly(lm: LM, prompt: Sequence[int]) -> Result:
+    """Returns the faster of two short runs of plain decoding: the first may compile and capture."""
+    runs = [
+        lm.generate(prompt, hierarchy=AR, max_new_tokens=PLAIN_TOKENS, learn=False) for _ in "ab"
+    ]
+    return min(runs, key=lambda run: run.decode_s / max(run.passes, 1))
+
+
 def fitted(costs: CostTable, plain: Result) -> CostTable:
     """Returns costs as plain decoding proves them.
 
-    Passes in earnest take longer than the least time of a pass alone, in proportion to what they
-    read. That is a factor to all of them; were it the engine's own work, every step of a shallow
-    exit would be charged with what befell thirty layers.
+    Passes in earnest take longer than passes alone, in proportion to what they read. That is a
+    factor to all of them; were it the engine's own work, every step of a shallow exit would be
+    charged with what befell thirty layers.
 
     Args:
         costs: of passes alone.

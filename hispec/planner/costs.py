@@ -9,7 +9,6 @@ machine, library, number of threads, dtype and model, and remembered; heads like
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -33,8 +32,8 @@ CONTEXT = 256
 #: How often everything is timed: for a plan, and for a first text, which waits for it. Prices of
 #: rows follow ordinary passes afterwards.
 THOROUGH, REPEATS = 15, 5
-#: Seconds after which two repeats are enough for a first text.
-PATIENCE_S = 0.4
+#: Seconds after which two repeats are enough, likewise.
+THOROUGH_S, PATIENCE_S = 30.0, 0.4
 LEVEL_ROWS = 4
 #: Tokens that a round commits: what a head with a memory has to catch up on at the next root.
 CAUGHT_UP = 2
@@ -105,7 +104,7 @@ def cost_table(
         anew: measure now, whatever is remembered.
     """
     context = max(min(context, model.config.max_positions - MAX_WIDTH), 2)
-    effort = (THOROUGH, math.inf) if anew else (REPEATS, PATIENCE_S)
+    effort = (THOROUGH, THOROUGH_S) if anew else (REPEATS, PATIENCE_S)
     passes = remembered(
         *("passes", model, lambda: measure(model, context, effort), f"{context}|{WIDTHS}"),
         anew=anew,

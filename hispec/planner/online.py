@@ -4,14 +4,14 @@ Time is what drafting is paid in, and all of it has one price: the *rate*, the t
 time, a pass over one row, has yielded lately. Rows and exits that bring more than they cost at that
 price make the text faster, others slower (Dinkelbach's rule for a ratio of sums).
 
-An exit is judged by what its passes brought. What a round would have yielded without is known: the
-databases have proposed their own tree before an exit is asked, and where the text went is seen. So
-the lowest exit that ran brought the tokens beyond those of that tree, less what the rows of the
-tree that was run cost more than those of that one. A level above brought the tokens from the first
-node on that is due to it, which the one below is not paid for. They are expected in proportion to
-the chance that an exit was asked for, that nobody else knows what comes next.
+An exit is judged by what its passes brought. What a round would have yielded without the lowest one
+is known: the databases have proposed their own tree before it is asked, and where the text went is
+seen. So it brought the tokens beyond those of that tree, and it is charged for the rows by which
+the tree that was run is wider. A level above brought the tokens from the first node on that is due
+to it, which the one below is not paid for. Tokens are expected in proportion to the chance that an
+exit was asked for, that nobody else knows what comes next; rows are as many whatever that chance.
 
-    run the exit   ⇔   brought per chance · chance  >  rate · cost
+    run the exit   ⇔   brought per chance · chance  >  rate · (cost + rows' cost per run)
 
 An exit that does not pay is still asked now and then, as texts change: for ``EXPLORED`` of the time
 where it nearly pays, and the less the less it brings, down to ``LEAST_EXPLORED`` of that. The time
@@ -39,16 +39,42 @@ MEMORY = 32.0
 
 
 @dataclass
+class Gain:
+    """What one exit brought, of late.
+
+    Attributes:
+        chances: it was asked for, summed.
+        brought: tokens.
+        runs: how often it ran.
+        rows: relative time of the rows that are due to it.
+    """
+
+    chances: float = FIRST_RUNS
+    brought: float = FIRST_RUNS * FIRST_BROUGHT
+    runs: float = FIRST_RUNS
+    rows: float = 0.0
+
+    def add(self, chance: float, brought: float, rows: float) -> None:
+        """Counts a run."""
+        fade = 1.0 - 1.0 / MEMORY
+        self.chances = self.chances * fade + chance
+        # An exit can but be useless, whatever it kept from a tree in one round.
+        self.brought = max(self.brought * fade + brought, 0.0)
+        self.runs = self.runs * fade + 1.0
+        self.rows = self.rows * fade + rows
+
+
+@dataclass
 class Gains:
     """What exits brought in all texts of a model.
 
     Attributes:
-        by_level: chances each was asked for, and tokens it brought.
+        by_level: each one's.
         total: time that passed, of late.
         explored: of it, what went to exits that seemed not to pay.
     """
 
-    by_level: dict[str, list[float]] = field(default_factory=dict)
+    by_level: dict[str, Gain] = field(default_factory=dict)
     total: float = FIRST_PASSES
     explored: float = 0.0
 
@@ -73,7 +99,7 @@ class Worth:
         self._level_costs = level_costs
         self._gains = gains
         for name in level_costs:
-            gains.by_level.setdefault(name, [FIRST_RUNS, FIRST_RUNS * FIRST_BROUGHT])
+            gains.by_level.setdefault(name, Gain())
         self._tokens = FIRST_RATE * FIRST_PASSES
         self._time = FIRST_PASSES
         self._spent = 0.0  # of this round, on exits
@@ -93,6 +119,10 @@ class Worth:
         base = costs[min(width, last)]
         return lambda rows: rate * (costs[min(width + rows, last)] - base)
 
+    def _cost(self, width: int) -> float:
+        """Relative time of a target's pass."""
+        return 1.0 if self._costs is None else self._costs[min(width, len(self._costs) - 1)]
+
     def pays(self, level: str, chance: float) -> bool:
         """Returns whether to run an exit, and counts it as run if so.
 
@@ -103,8 +133,9 @@ class Worth:
         cost = self._level_costs.get(level)
         if cost is None:
             return True
-        chances, brought = self._gains.by_level[level]
-        value, price = brought / chances * chance, self.rate * cost
+        gain = self._gains.by_level[level]
+        rows = max(gain.rows / gain.runs, -0.5 * cost)  # it may also narrow the tree
+        value, price = gain.brought / gain.chances * chance, self.rate * (cost + rows)
         if value <= price:
             share = EXPLORED * max(value / price, LEAST_EXPLORED)
             if self._gains.explored + cost > share * self._gains.total:
@@ -115,31 +146,41 @@ class Worth:
         return True
 
     def passed(
-        self, origins: Sequence[str], width: int, alone: int = 0, alone_width: int = 1
+        self,
+        origins: Sequence[str],
+        width: int,
+        lowest: str = "",
+        alone: int = 0,
+        alone_width: int = 1,
     ) -> None:
         """Counts a round.
 
         Args:
             origins: who drafted each committed token; the last is the target's own.
             width: rows of the target's pass.
+            lowest: the hierarchy's lowest level.
             alone: how many of the committed tokens the databases' own tree held.
             alone_width: its rows, the root included.
         """
         fade = 1.0 - 1.0 / MEMORY
         brought: dict[str, float] = dict.fromkeys((level for level, _ in self._runs), 0.0)
-        if brought:
-            lowest = due = next(iter(brought))
-            for origin in origins[:-1]:
-                due = origin if origin in brought else due
-                brought[due] += 1
-            brought[lowest] -= alone + self.prices(alone_width)(width - alone_width)
+        # Above a level that drafted unasked, or before one below it ran, nobody knows what the
+        # round would have been without.
+        due = lowest if self._runs and self._runs[0][0] == lowest else ""
+        rows = 0.0
+        if due:
+            brought[due] -= alone
+            rows = self._cost(width) - self._cost(alone_width)
+        for origin in origins[:-1]:
+            due = origin if origin in brought else due
+            if due:
+                brought[due] += 1.0
         for level, chance in self._runs:
-            gain = self._gains.by_level[level]
-            gain[0] = gain[0] * fade + chance
-            gain[1] = gain[1] * fade + brought.pop(level, 0.0)
+            mine = rows if level == lowest else 0.0
+            self._gains.by_level[level].add(chance, brought.pop(level, 0.0), mine)
+            rows -= mine
         self._runs.clear()
-        pass_time = 1.0 if self._costs is None else self._costs[min(width, len(self._costs) - 1)]
-        spent = pass_time + self._spent
+        spent = self._cost(width) + self._spent
         self._spent = 0.0
         forget = 1.0 - 1.0 / EXPLORED_MEMORY
         self._gains.total = self._gains.total * forget + spent

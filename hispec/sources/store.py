@@ -139,7 +139,8 @@ class Writer:
             offset += num_bytes
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)
-        with replacing(path, sync=True) as temporary, open(temporary, "wb") as out:
+        # A folder is built by one process at a time, and what a killed one left is large.
+        with replacing(path, sync=True, alone=True) as temporary, open(temporary, "wb") as out:
             out.write(len(raw).to_bytes(8, "little") + raw)
             for name in list(header)[1:]:
                 with open(self._paths[name], "rb") as part:

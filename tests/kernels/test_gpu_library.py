@@ -60,14 +60,17 @@ def test_a_graph_of_theirs_serves_other_rows_and_places(fp32: Llama) -> None:
 
 
 @torch.inference_mode()
-def test_a_head_shows_its_logits(fp32: Llama) -> None:
+def test_a_head_shows_its_logits_and_picks(fp32: Llama) -> None:
     passes, x = library(fp32), random_rows(3)
     found = passes.project(fp32.head, x, fp32.norm)
     wanted = fp32.narrow.project(fp32.head, x, fp32.norm)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
-    asked = Asked(1, 1.0, None, [4, 5, 6])
-    assert passes.best(fp32.head, x, fp32.norm, asked, None) is None
+    asked = Asked(8, 1.0, None, [4, 5, 6], odds=False)
+    ids, _ = passes.best(fp32.head, x, fp32.norm, asked, None)
+    assert ids.flatten().tolist() == wanted.argmax(-1).tolist()
+    for more in (asked._replace(odds=True), asked._replace(seed=3)):
+        assert passes.best(fp32.head, x, fp32.norm, more, None) is None
 
 
 def test_what_stands_beside_other_passes(fp32: Llama) -> None:

@@ -43,8 +43,10 @@ def test_heads_side_by_side(make_llama, tmp_path: Path, cache_home: Path, capsys
         assert row["provenance"]["torch"]
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 2 + 4 and table[0].startswith("| head")
-    states = (out / "affine-all" / "work" / "cache").resolve()
-    assert states == (out / "shared-100" / "work" / "cache").resolve(), "computed once"
+    states = (out / "exit2-affine-all-0.01min" / "work" / "cache").resolve()
+    assert states == (out / "exit2-shared-100-0.01min" / "work" / "cache").resolve(), (
+        "computed once"
+    )
     before = {path: path.read_bytes() for path in out.glob("*/exit_*.safetensors")}
     assert compare.main([*given, "--out", str(out)]) == 0
     assert {path: path.read_bytes() for path in before} == before, "what is there stays"
@@ -52,12 +54,15 @@ def test_heads_side_by_side(make_llama, tmp_path: Path, cache_home: Path, capsys
     assert compare.main(wrong) == 1 and "nowhere.jsonl" in capsys.readouterr().err
 
 
-def test_less_of_an_adapter(make_llama, tmp_path: Path, cache_home: Path, monkeypatch) -> None:
+def test_less_of_an_adapter(
+    make_llama, tmp_path: Path, cache_home: Path, monkeypatch, capsys
+) -> None:
     folder, whole, half = make_llama(), tmp_path / "whole", tmp_path / "half"
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on a mat " * 40)
     train = ["train", "--mode", "lora", "--model", str(folder), "--exits", "3", "--steps", "6"]
     train += ["--data", str(answers(tmp_path / "data.jsonl", 40)), "--batch-tokens", "256"]
+    train += ["--held-out", str(answers(tmp_path / "aside.jsonl", 6))]
     train += ["--rank", "4", "--deep-rank", "2", "--lr", "0.01", "--perplexity", str(text)]
     assert hispec([*train, "--out", str(whole)]) == 0
     scale = script("scale_adapter")
@@ -67,7 +72,9 @@ def test_less_of_an_adapter(make_llama, tmp_path: Path, cache_home: Path, monkey
         return scale.main()
 
     more = ["--held-out", whole / "work" / "held_out", "--perplexity", text]
-    more += ["--perplexity-tokens", "100"]
+    fewer = ["--perplexity-tokens", "100"]
+    assert scaled(whole, 0.5, half, *more, *fewer) == 2 and not half.exists(), "not comparable"
+    assert "judged on text.txt" in capsys.readouterr().err
     assert scaled(whole, 0.5, half, *more) == 0
     original, full, less = (open_checkpoint(path) for path in (folder, whole, half))
     moved = 0.0
@@ -81,6 +88,9 @@ def test_less_of_an_adapter(make_llama, tmp_path: Path, cache_home: Path, monkey
     assert record["training"]["scaled"] == 0.5
     lm = load(half, exits=half, dtype="fp32")
     assert lm.exits is not None and lm.exits.exit_layers == (3,)
+    assert scaled(half, 0.5, tmp_path / "quarter", *more) == 0
+    quarter = json.loads((tmp_path / "quarter" / "config.json").read_text())
+    assert quarter["training"]["scaled"] == 0.25
     quality, before = (json.loads((x / "quality.json").read_text()) for x in (half, whole))
     assert quality["before"] == before["before"] and quality["after"] != before["after"]
     with pytest.raises(SystemExit):

@@ -172,7 +172,7 @@ def test_what_the_databases_knew_no_exit_brings(known: bool, brought: float) -> 
     hierarchy = Hierarchy((Level(4, 2, ranks=True),), "test", (("context", 9),), 8)
     drafter = drafter_of([context], hierarchy, level_costs={"exit 4": 0.01})
     gain = drafter.odds.gains.by_level["exit 4"]
-    gain[:] = [1.0, 1.0]
+    gain.chances = gain.brought = 1.0
     tree = Tree(100)
     drafter.grow(tree, 0, 10, 31, (), "exit 4")
     assert len(tree) == 2, "the second token is not likely"
@@ -181,7 +181,7 @@ def test_what_the_databases_knew_no_exit_brings(known: bool, brought: float) -> 
     drafter.rank(tree, "exit 4", 0, ids, chances, int(known), 10, 20)
     tokens, origins = ([1, 2, 9], ["context", "exit 4"]) if known else ([1, 9], ["exit 4"])
     drafter.commit(tokens, [*origins, "target"], len(tree))
-    assert gain[1] - (1 - 1 / MEMORY) == pytest.approx(brought)
+    assert gain.brought - (1 - 1 / MEMORY) == pytest.approx(brought)
 
 
 def test_the_first_pass_of_a_text_tells_nothing_about_prices() -> None:

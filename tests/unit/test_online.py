@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hispec.planner.online import FIRST_RATE, MEMORY, Gains, Worth
+from hispec.planner.online import FIRST_BROUGHT, FIRST_RATE, FIRST_RUNS, MEMORY, Gain, Gains, Worth
 
 COSTS = [0.0] + [1.0 + 0.05 * rows for rows in range(32)]
 
@@ -41,7 +41,7 @@ def test_a_useless_exit_is_asked_ever_more_rarely() -> None:
     runs = [play(worth, 250, 0) for _ in range(4)]
     assert 0.2 * sum(runs) <= 0.01 * 1000
     assert runs[0] > runs[-1]
-    gains = Gains({"exit 4": [10.0, 0.01]})
+    gains = Gains({"exit 4": Gain(10.0, 0.01, 10.0)})
     assert play(Worth(None, {"exit 4": 0.2}, gains), 250, 0) <= 1  # known from earlier texts
 
 
@@ -51,25 +51,56 @@ def test_where_others_know_what_comes_an_exit_has_less_to_bring() -> None:
     assert not worth.pays("exit 4", 0.1)
 
 
-def test_an_exit_brings_what_the_databases_own_tree_would_not_have() -> None:
-    def brought(origins: list[str], *passed: int, levels: tuple[str, ...] = ("exit 0",)) -> dict:
-        gains = Gains()
-        worth = Worth(COSTS, dict.fromkeys(levels, 0.1), gains)
-        before = {level: gains.by_level[level][1] for level in levels}
-        assert all(worth.pays(level, 1.0) for level in levels)
-        worth.passed([*origins, "target"], *passed)
-        fade = 1 - 1 / MEMORY
-        return {name: gains.by_level[name][1] - fade * before[name] for name in levels}
+def brought(origins: list[str], *passed, levels=("exit 0",), lowest="exit 0") -> dict:
+    """What each level is paid for a round in which all ran in turn: tokens, and time of rows."""
+    gains = Gains()
+    worth = Worth(COSTS, dict.fromkeys(levels, 0.1), gains)
+    assert all(worth.pays(level, 1.0) for level in levels)
+    worth.passed([*origins, "target"], passed[0], lowest, *passed[1:])
+    fade = 1 - 1 / MEMORY
+    assert all(
+        gain.runs == gain.chances == 1 + fade * FIRST_RUNS for gain in gains.by_level.values()
+    )
+    return {
+        name: (
+            pytest.approx(gain.brought - fade * FIRST_RUNS * FIRST_BROUGHT),
+            pytest.approx(gain.rows),
+        )
+        for name, gain in gains.by_level.items()
+    }
 
+
+def test_an_exit_brings_what_the_databases_own_tree_would_not_have() -> None:
     own = ["context", "exit 0", "exit 0"]
-    assert brought(own, 4, 0, 4)["exit 0"] == pytest.approx(3)
-    assert brought(own, 4, 2, 4)["exit 0"] == pytest.approx(1), "the databases' tree had two"
-    assert brought(["context"], 4, 2, 4)["exit 0"] == pytest.approx(-1), "it had narrowed that tree"
-    row = FIRST_RATE * 0.05
-    assert brought(own, 9, 2, 4)["exit 0"] == pytest.approx(1 - 5 * row), "rows have their price"
-    assert brought(own, 3, 2, 4)["exit 0"] == pytest.approx(1 + row)
-    both = brought(["exit 0", "context", "exit 8"], 4, 1, 4, levels=("exit 0", "exit 8"))
-    assert both == pytest.approx({"exit 0": 1.0, "exit 8": 1.0}), "each token is paid for once"
+    assert brought(own, 4, 0, 4)["exit 0"] == (3, 0)
+    assert brought(own, 4, 2, 4)["exit 0"] == (1, 0), "the databases' tree had two"
+    assert brought(["context"], 4, 2, 4)["exit 0"] == (-1, 0), "it had narrowed that tree"
+    assert brought(own, 9, 2, 4)["exit 0"] == (1, 5 * 0.05), "rows have their price"
+    assert brought(own, 3, 2, 4)["exit 0"] == (1, -0.05)
+    both = brought(["exit 0", "context", "exit 8"], 9, 1, 4, levels=("exit 0", "exit 8"))
+    assert both == {"exit 0": (1, 5 * 0.05), "exit 8": (1, 0)}, "each token is paid for once"
+
+
+def test_what_a_level_drafts_unasked_no_exit_brings() -> None:
+    """A smaller model always drafts; an exit that adapts is above it, or ran before the lowest."""
+    mine = ["model cut", "model cut", "exit 0", "context"]
+    assert brought(mine, 6, 3, 4, lowest="model cut")["exit 0"] == (2, 0)
+    assert brought(mine[:2], 6, 3, 4, lowest="model cut")["exit 0"] == (0, 0)
+    late = brought(["context", "exit 8", "exit 0"], 6, 3, 4, levels=("exit 8", "exit 0"))
+    assert late == {"exit 8": (1, 0), "exit 0": (1, 0)}
+
+
+def test_rows_do_not_starve_an_exit_that_had_nothing_to_say() -> None:
+    worth = Worth([0.0] + [1.0 + 0.04 * rows for rows in range(32)], {"exit 0": 0.06}, Gains())
+    for chance in (0.02, 0.1, 0.3) * 700:  # a text that the databases know by heart
+        ran = worth.pays("exit 0", chance)
+        worth.passed(["context"] * 3 + ["target"], 4 + 2 * ran, "exit 0", 3, 4)
+    runs = 0
+    for _ in range(300):
+        ran = worth.pays("exit 0", 0.6)
+        runs += ran
+        worth.passed(["exit 0"] * ran + ["target"], 1 + 2 * ran, "exit 0", 0, 1)
+    assert runs > 200
 
 
 def test_exits_are_followed_when_the_text_changes() -> None:

@@ -156,7 +156,7 @@ class TrainedExits(nn.Module):
             UsageError: If there are none, or they belong to another base.
             CheckpointError: If a file is damaged or does not fit.
         """
-        path = _local(folder)
+        path = local_folder(folder)
         record = Record.open(path)
         record.check_base(checkpoint, force=force)
         heads: dict[int, ExitHead] = {}
@@ -227,7 +227,12 @@ def _own_tensors(head: ExitHead) -> dict[str, Tensor]:
     return {n.replace(".default.weight", ".weight"): x for n, x in found.items()}
 
 
-def _local(folder: str | Path) -> Path:
+def local_folder(folder: str | Path) -> Path:
+    """Returns the folder, fetched if it is a hub id.
+
+    Raises:
+        UsageError: There is none here, and none could be fetched.
+    """
     path = Path(folder).expanduser()
     if path.exists() or str(folder).count("/") != 1:
         return path

@@ -3,10 +3,10 @@
     python -m hispec_training.measure --model M --exits DIR --data FILE... [--write]
 
 Prints one JSON document with each exit's table: agreement over all positions, by category, by
-distance from the root, the mean run of right guesses for every window, and what that is expected
-to bring on this machine, whose passes are timed for it. ``--write`` makes it the acceptance table
-of the folder's config and model card. What ``hispec distill --states`` has
-kept of the texts is not computed again.
+distance from the root, the mean run of right guesses for every window, and the speed-up to expect
+of a chain that this exit drafts alone, on this machine, whose passes are timed for it. ``--write``
+makes the acceptance that of the folder's config and model card. What ``hispec distill --states``
+has kept of the texts is not computed again.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ import torch
 from hispec.files import disk_errors
 from hispec.loading import load
 from hispec.model.checkpoint import Checkpoint, open_checkpoint
-from hispec.planner.cost_table import CostTable
-from hispec.planner.costs import cost_table
+from hispec.planner.calibrate import timed
 from hispec_training.answers import shards_of
 from hispec_training.evaluate import ROUND, evaluate, tokens_per_ms
 from hispec_training.exits import Exits
-from hispec_training.export import TrainedExits, load_into
+from hispec_training.export import TrainedExits, load_into, local_folder
 from hispec_training.options import run
 from hispec_training.shard_cache import ShardCache
 from hispec_training.shards import Example, build_shards, find_states, read_examples
@@ -54,7 +53,8 @@ def main(args: argparse.Namespace) -> int:
         HispecError: Bad data or exits, or no room for what is written.
     """
     checkpoint = open_checkpoint(args.model)
-    saved = TrainedExits.from_pretrained(args.exits, checkpoint)
+    folder = local_folder(args.exits)
+    saved = TrainedExits.from_pretrained(folder, checkpoint)
     exits = revive(saved, checkpoint)
     layers = sorted({*exits.specs, checkpoint.config.num_layers} - {0})
     kept: list[Path] = []  # shards that distilling left
@@ -87,7 +87,8 @@ def main(args: argparse.Namespace) -> int:
     tables = {e: {"texts": name, **tally.table()} for e, tally in tallies.items()}
     for entry in saved.record["exits"]:
         entry["acceptance"] = dict(tables[entry["exit_layer"]])
-    costs = passes_of(args.model, args.exits)
+    print(json.dumps(tables), file=sys.stderr)  # timing takes a while, and may fail
+    costs = timed(load(args.model, exits=folder))
     for e, tally in tallies.items():
         runs = [tally.mean_run(window) for window in range(1, ROUND + 1)]
         rate, window = tokens_per_ms(runs, costs, e)
@@ -100,17 +101,9 @@ def main(args: argparse.Namespace) -> int:
     print(json.dumps(tables), flush=True)  # before the disk has a chance to lose it
     if args.write:
         advice = "the tables are printed; free some room and run again"
-        with disk_errors(args.exits, advice):
-            saved.save_record(args.exits)
+        with disk_errors(folder, advice):
+            saved.save_record(folder)
     return 0
-
-
-def passes_of(model: str, exits: Path) -> CostTable:
-    """What passes of a model and its saved exits take here, in the dtype that decoding picks."""
-    lm = load(model, exits=exits)
-    assert lm.exits is not None, "a folder was given"
-    heads = {e: lm.head(e) for e in lm.exits.exit_layers}
-    return cost_table(lm.model, heads, anew=True)
 
 
 def revive(saved: TrainedExits, checkpoint: Checkpoint) -> Exits:
