@@ -154,7 +154,7 @@ class Drafter:
         least = 0.0
         if level:
             covered = value * sum(offer.chance for offer in heirs)
-            self._asks = tip, self.worth.pays(level, max(value - covered, 0.0))
+            self._asks = tip, self.worth.pays(level, max(value - covered, 0.0), len(tree))
             least = LIKELY if self._asks[1] else 0.0
         seeds = [
             (value * offer.chance, offer) for offer in heirs if tree.child(tip, offer.token) is None
@@ -213,7 +213,7 @@ class Drafter:
             for node in range(tip + 1, len(tree))
             if tree.nodes.parents[node] == tip
         )
-        return self.worth.pays(level, max(value - covered, 0.0))
+        return self.worth.pays(level, max(value - covered, 0.0), len(tree))
 
     def picked(
         self, tree: Tree, end: int, token: int, level: str, chance: float | None = None

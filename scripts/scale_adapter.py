@@ -5,10 +5,9 @@
 
 Between the original and the adapted model perplexity rises faster than exits gain (weights between
 two fine-tuned models, arXiv 2109.01903), so the last tenth of an adapter's way costs more than it
-brings. OUT gets ADAPTER with its scales times FACTOR, judged as training judges: on the answers in
-CACHE (``work/held_out`` of the run that made ADAPTER, with its --held-out) and the first tokens of
-TEXT. What the
-original does is taken from ADAPTER's quality.json.
+brings. OUT gets ADAPTER with its scales times FACTOR, judged as training judged it: on the answers
+in CACHE (``work/held_out`` of the run that made ADAPTER, with its --held-out) and the first tokens
+of TEXT. What the original does is taken from ADAPTER's quality.json.
 """
 
 from __future__ import annotations

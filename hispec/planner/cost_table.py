@@ -34,7 +34,8 @@ class CostTable:
         call_s: (MAX_WIDTH + 1,) of a run of layers, whatever their number, by rows.
         layer_s: (MAX_WIDTH + 1,) of one layer.
         heads_s: of each exit's head and the target's, picks included, by rows.
-        round_s: of what each exit's head does once for a root, before its first logits.
+        round_s: of what each exit's head takes more at a root than from there on: to catch up on
+            what was committed, and to come from memory once.
         models_s: of a whole pass of each separate model, by rows.
         prompt_s: of a token of a prompt that a separate model reads.
         step_s: of the engine's own work in a level's step.

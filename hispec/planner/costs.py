@@ -34,7 +34,6 @@ CONTEXT = 256
 THOROUGH, REPEATS = 15, 5
 #: Seconds after which two repeats are enough, likewise.
 THOROUGH_S, PATIENCE_S = 30.0, 0.4
-LEVEL_ROWS = 4
 #: Tokens that a round commits: what a head with a memory has to catch up on at the next root.
 CAUGHT_UP = 2
 
@@ -63,7 +62,7 @@ def keep_price_slope(model: Llama, slope: float) -> None:
 
 
 def level_cost(model: Llama, head: ExitHead, exit_layer: int, label: str = "") -> float:
-    """Returns the time of an exit's pass and head over a few rows, relative to a target's of one.
+    """Returns the time of an exit's first pass of a round, over one row, in target's of one.
 
     Args:
         model: the target.
@@ -71,18 +70,18 @@ def level_cost(model: Llama, head: ExitHead, exit_layer: int, label: str = "") -
         exit_layer: e.
         label: see :func:`cost_table`.
     """
-    costs = cost_table(model, {exit_layer: head}, label=label)
-    return costs.pass_s(f"exit {exit_layer}", 0, LEVEL_ROWS) / costs.plain_s
+    costs, name = cost_table(model, {exit_layer: head}, label=label), f"exit {exit_layer}"
+    return (costs.pass_s(name, 0, 1) + costs.round_s[name]) / costs.plain_s
 
 
 def model_cost(model: Llama, other: Llama) -> float:
-    """Returns the time of a separate model's pass over a few rows, relative to a target's of one.
+    """Returns the time of a separate model's pass over one row, relative to a target's of one.
 
     Args:
         model: the target.
         other: the separate model.
     """
-    return cost_table(other, {}).pass_s(TARGET, 0, LEVEL_ROWS) / cost_table(model, {}).plain_s
+    return cost_table(other, {}).pass_s(TARGET, 0, 1) / cost_table(model, {}).plain_s
 
 
 def cost_table(
@@ -172,7 +171,7 @@ def measure(model: Llama, context: int, effort: tuple[int, float]) -> dict[str, 
             tasks["all", width] = partial(through, layers, width)
             tasks["few", width] = partial(through, short, width)
             tasks["head", width] = partial(_head_alone, model, rows[:width])
-        times = in_turn(tasks, partial(_plain_pass, model, context, kv), *effort)
+        times = in_turn(tasks, lambda _: _plain_pass(model, context, kv), *effort)
     found = {row: [times[row, width] for width in WIDTHS] for row in ("few", "all", "head")}
     return {"short": short, **found}
 
@@ -180,7 +179,11 @@ def measure(model: Llama, context: int, effort: tuple[int, float]) -> dict[str, 
 def measure_head(
     model: Llama, head: ExitHead, exit_layer: int, context: int, effort: tuple[int, float]
 ) -> dict[str, list[Times]]:
-    """Returns seconds of an exit's head over ``HEAD_WIDTHS`` rows, and over one at a new root."""
+    """Returns seconds of an exit's head over ``HEAD_WIDTHS`` rows, and over one at a new root.
+
+    At a new root the target's weights have just gone through the caches, and the head's come from
+    memory. A head that drafts on finds there what they hold of it from the row before.
+    """
     layers = model.config.num_layers
     with torch.inference_mode():
         cache = model.new_cache([exit_layer, layers])
@@ -195,7 +198,13 @@ def measure_head(
             ("rows", width): partial(logits, width, context) for width in HEAD_WIDTHS
         }
         tasks["root", 1] = partial(logits, 1, context - CAUGHT_UP)
-        times = in_turn(tasks, partial(_plain_pass, model, context, cache.kv), *effort)
+
+        def before(task: tuple[str, int]) -> None:
+            _plain_pass(model, context, cache.kv)
+            if task[0] == "rows":
+                tasks[task]()
+
+        times = in_turn(tasks, before, *effort)
         head.truncate(0)
     return {"rows": [times["rows", width] for width in HEAD_WIDTHS], "root": [times["root", 1]]}
 
@@ -220,7 +229,7 @@ def _picked(found: Found) -> float:
 
 def in_turn(
     tasks: Mapping[tuple[str, int], Callable[[], float]],
-    between: Callable[[], None],
+    before: Callable[[tuple[str, int]], None],
     repeats: int,
     patience: float,
 ) -> dict[tuple[str, int], Times]:
@@ -231,8 +240,8 @@ def in_turn(
 
     Args:
         tasks: what to time.
-        between: run before each, untimed. In a round a pass of the target comes between an exit's
-            runs; without one, an exit's few layers and its head (30 MB) stay in the caches, and it
+        before: called with the task, untimed. In a round a pass of the target comes before an
+            exit's first; without one its layers and its head (20 MB) stay in the caches, and it
             seems to cost half of what it does.
         repeats: how often.
         patience: seconds after which no further round begins, if each task was timed twice.
@@ -243,7 +252,7 @@ def in_turn(
         if repeat > 2 and time.perf_counter() - begun > patience:
             break
         for key, task in tasks.items():
-            between()
+            before(key)
             started = time.perf_counter()
             task()
             if repeat:  # the first round warms up

@@ -9,7 +9,8 @@ is known: the databases have proposed their own tree before it is asked, and whe
 seen. So it brought the tokens beyond those of that tree, and it is charged for the rows by which
 the tree that was run is wider. A level above brought the tokens from the first node on that is due
 to it, which the one below is not paid for. Tokens are expected in proportion to the chance that an
-exit was asked for, that nobody else knows what comes next; rows are as many whatever that chance.
+exit was asked for, that nobody else knows what comes next. Rows are as many whatever that chance:
+what it has added of late, but its own pick at least.
 
     run the exit   ⇔   brought per chance · chance  >  rate · (cost + rows' cost per run)
 
@@ -123,18 +124,19 @@ class Worth:
         """Relative time of a target's pass."""
         return 1.0 if self._costs is None else self._costs[min(width, len(self._costs) - 1)]
 
-    def pays(self, level: str, chance: float) -> bool:
+    def pays(self, level: str, chance: float, width: int) -> bool:
         """Returns whether to run an exit, and counts it as run if so.
 
         Args:
             level: its name.
             chance: that nobody else knows what follows.
+            width: rows that there are.
         """
         cost = self._level_costs.get(level)
         if cost is None:
             return True
         gain = self._gains.by_level[level]
-        rows = max(gain.rows / gain.runs, -0.5 * cost)  # it may also narrow the tree
+        rows = max(gain.rows / gain.runs, self._cost(width + 1) - self._cost(width))
         value, price = gain.brought / gain.chances * chance, self.rate * (cost + rows)
         if value <= price:
             share = EXPLORED * max(value / price, LEAST_EXPLORED)

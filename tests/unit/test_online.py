@@ -13,7 +13,7 @@ def play(worth: Worth, rounds: int, brings: int, level: str = "exit 4", chance: 
     """Rounds that yield a token, and ``brings`` more where the exit runs; returns how often."""
     runs = 0
     for _ in range(rounds):
-        ran = worth.pays(level, chance)
+        ran = worth.pays(level, chance, 1)
         worth.passed([level] * brings * ran + ["target"], 1)
         runs += ran
     return runs
@@ -47,15 +47,15 @@ def test_a_useless_exit_is_asked_ever_more_rarely() -> None:
 
 def test_where_others_know_what_comes_an_exit_has_less_to_bring() -> None:
     worth = Worth(None, {"exit 4": 0.2}, Gains())
-    assert worth.pays("exit 4", 1.0)
-    assert not worth.pays("exit 4", 0.1)
+    assert worth.pays("exit 4", 1.0, 1)
+    assert not worth.pays("exit 4", 0.1, 1)
 
 
 def brought(origins: list[str], *passed, levels=("exit 0",), lowest="exit 0") -> dict:
     """What each level is paid for a round in which all ran in turn: tokens, and time of rows."""
     gains = Gains()
     worth = Worth(COSTS, dict.fromkeys(levels, 0.1), gains)
-    assert all(worth.pays(level, 1.0) for level in levels)
+    assert all(worth.pays(level, 1.0, 1) for level in levels)
     worth.passed([*origins, "target"], passed[0], lowest, *passed[1:])
     fade = 1 - 1 / MEMORY
     assert all(
@@ -81,6 +81,14 @@ def test_an_exit_brings_what_the_databases_own_tree_would_not_have() -> None:
     assert both == {"exit 0": (1, 5 * 0.05), "exit 8": (1, 0)}, "each token is paid for once"
 
 
+def test_the_next_row_may_be_too_dear() -> None:
+    """Two rows cost hardly more than one where the third fills no half of a register."""
+    costs = [0.0, 1.0, 1.04, *(1.04 + 0.2 * rows for rows in range(1, 31))]
+    worth = Worth(costs, {"exit 0": 0.1}, Gains({"exit 0": Gain(10.0, 4.0, 10.0)}))
+    assert worth.pays("exit 0", 0.8, 1)
+    assert not worth.pays("exit 0", 0.8, 2)
+
+
 def test_what_a_level_drafts_unasked_no_exit_brings() -> None:
     """A smaller model always drafts; an exit that adapts is above it, or ran before the lowest."""
     mine = ["model cut", "model cut", "exit 0", "context"]
@@ -93,11 +101,11 @@ def test_what_a_level_drafts_unasked_no_exit_brings() -> None:
 def test_rows_do_not_starve_an_exit_that_had_nothing_to_say() -> None:
     worth = Worth([0.0] + [1.0 + 0.04 * rows for rows in range(32)], {"exit 0": 0.06}, Gains())
     for chance in (0.02, 0.1, 0.3) * 700:  # a text that the databases know by heart
-        ran = worth.pays("exit 0", chance)
+        ran = worth.pays("exit 0", chance, 4)
         worth.passed(["context"] * 3 + ["target"], 4 + 2 * ran, "exit 0", 3, 4)
     runs = 0
     for _ in range(300):
-        ran = worth.pays("exit 0", 0.6)
+        ran = worth.pays("exit 0", 0.6, 1)
         runs += ran
         worth.passed(["exit 0"] * ran + ["target"], 1 + 2 * ran, "exit 0", 0, 1)
     assert runs > 200
