@@ -34,6 +34,8 @@ CONTEXT = 256
 THOROUGH, REPEATS = 15, 5
 #: Seconds after which two repeats are enough, likewise.
 THOROUGH_S, PATIENCE_S = 30.0, 0.4
+#: Rows of an exit's pass where nobody knows better: the root, and one that the databases propose.
+LEVEL_ROWS = 2
 #: Tokens that a round commits: what a head with a memory has to catch up on at the next root.
 CAUGHT_UP = 2
 
@@ -62,7 +64,7 @@ def keep_price_slope(model: Llama, slope: float) -> None:
 
 
 def level_cost(model: Llama, head: ExitHead, exit_layer: int, label: str = "") -> float:
-    """Returns the time of an exit's first pass of a round, over one row, in target's of one.
+    """Returns the time of an exit's first pass of a round, over two rows, in target's of one.
 
     Args:
         model: the target.
@@ -71,17 +73,17 @@ def level_cost(model: Llama, head: ExitHead, exit_layer: int, label: str = "") -
         label: see :func:`cost_table`.
     """
     costs, name = cost_table(model, {exit_layer: head}, label=label), f"exit {exit_layer}"
-    return (costs.pass_s(name, 0, 1) + costs.round_s[name]) / costs.plain_s
+    return (costs.pass_s(name, 0, LEVEL_ROWS) + costs.round_s[name]) / costs.plain_s
 
 
 def model_cost(model: Llama, other: Llama) -> float:
-    """Returns the time of a separate model's pass over one row, relative to a target's of one.
+    """Returns the time of a separate model's pass over two rows, relative to a target's of one.
 
     Args:
         model: the target.
         other: the separate model.
     """
-    return cost_table(other, {}).pass_s(TARGET, 0, 1) / cost_table(model, {}).plain_s
+    return cost_table(other, {}).pass_s(TARGET, 0, LEVEL_ROWS) / cost_table(model, {}).plain_s
 
 
 def cost_table(
