@@ -47,7 +47,7 @@ class Level:
             to judge, instead of pruning it.
         model: a separate model, as ``--model`` takes it; empty for an exit.
         adaptive: run only while that is expected to be worth its time; the window is the most then,
-            not the goal. Levels that rank always do.
+            not the goal. Levels that rank do, unless the whole hierarchy does not adapt.
     """
 
     exit_layer: int
@@ -85,6 +85,9 @@ class Hierarchy:
             it off.
         nodes: the most nodes all databases together may add to a tree at a time.
         branches: whether they may branch; otherwise only the likeliest chain is drafted.
+        adaptive: draft only as far as it pays, ask ranking and adaptive levels only where they pay,
+            and learn from the text how often what is proposed is right; otherwise trees are always
+            as large, and windows as long, as they may be.
     """
 
     levels: tuple[Level, ...] = ()
@@ -92,6 +95,7 @@ class Hierarchy:
     sources: tuple[tuple[str, int], ...] = ()
     nodes: int = 0
     branches: bool = True
+    adaptive: bool = True
 
     def __post_init__(self) -> None:
         for level in self.levels:
@@ -194,6 +198,7 @@ class Hierarchy:
         if self.sources:
             document |= {"sources": dict(self.sources), "nodes": self.nodes}
             document |= {} if self.branches else {"branches": False}
+        document |= {} if self.adaptive else {"adaptive": False}
         return document
 
     @staticmethod
@@ -230,6 +235,7 @@ class Hierarchy:
             tuple(sources.items()),
             document.get("nodes", min(8, MAX_WIDTH - 1) if sources else 0),
             document.get("branches", True),
+            document.get("adaptive", True),
         )
 
     @staticmethod
@@ -255,7 +261,8 @@ class Hierarchy:
         names = [source for source, budget in self.sources if budget > 0]
         if names and self.nodes:
             kind = "nodes" if self.branches else "tokens in a chain"
-            parts.insert(0, f"{' + '.join(names)} ({self.nodes} {kind})")
+            most = "" if self.adaptive else "always "
+            parts.insert(0, f"{' + '.join(names)} ({most}{self.nodes} {kind})")
         if not parts:
             return f"{self.name}: plain decoding"
         return f"{self.name}: {' → '.join(parts)} → target"
@@ -274,6 +281,7 @@ _HIERARCHY = {
     "sources": dict,
     "nodes": int,
     "branches": bool,
+    "adaptive": bool,
     "plan": dict,
 }
 _TYPES = {int: "a whole number", bool: "true or false", str: "a text", dict: "an object"}

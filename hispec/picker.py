@@ -112,13 +112,17 @@ class Picker:
         if self.seed is not None:
             at = upload(np.array([position]), scores.device)
             scores = noisy(scores, temperature, self.seed, at, columns)
-        value, best = top_k(scores[None], 1)
-        if self.rules and not value > -torch.inf:
+        value, best = (found[0, 0] for found in top_k(scores[None], 1))
+        token = best if columns is None else columns[best]
+        if self.rules:
+            token = token.where(value > -torch.inf, -1)
+        picked = int(token)  # sync: the host walks
+        if picked < 0:
             raise HispecError(
                 f"the processors leave no token to pick at position {position}: every score is "
                 f"-inf or not a number. Loosen bad_words_ids, suppress_tokens or processors."
             )
-        return int(best if columns is None else columns[best[0, 0]])  # sync: the host walks
+        return picked
 
     def ranked(
         self,

@@ -8,6 +8,7 @@ benchmarks take it, and nothing they run is learnt from.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING
 from hispec.drafter import Drafter
 from hispec.hierarchy import SOURCES, Hierarchy, Level
 from hispec.odds import Odds
-from hispec.planner.costs import (
+from hispec.planner.first_prices import (
     keep_price_slope,
     level_cost,
     model_cost,
@@ -72,17 +73,23 @@ class Shelf:
         adaptive = [level for level in hierarchy.levels if level.ranks or level.adaptive]
         if not sources and not adaptive:
             return None
-        costs = {level.name: self._level_cost(level) for level in adaptive}
+        prices = self._priced(adaptive, learn) if hierarchy.adaptive else None
+        if not learn:
+            for source in sources:
+                source.reset()
+        return Drafter(sources, hierarchy, prices, self._odds if learn else Odds())
+
+    def _priced(self, levels: Sequence[Level], learn: bool) -> Prices:
+        """Returns what passes cost, and those of levels that adapt."""
+        costs = {level.name: self._level_cost(level) for level in levels}
         if self._prices is None:
             self._table = pass_costs(self._lm.model)
             keep = partial(keep_price_slope, self._lm.model)
             self._prices = Prices(self._table, {}, price_slope(self._lm.model), keep)
         if not learn:
-            for source in sources:
-                source.reset()
-            return Drafter(sources, hierarchy, Prices(self._table, costs), Odds())
+            return Prices(self._table, costs)
         self._prices.add(costs)
-        return Drafter(sources, hierarchy, self._prices, self._odds)
+        return self._prices
 
     def _level_cost(self, level: Level) -> float:
         lm, name = self._lm, level.name

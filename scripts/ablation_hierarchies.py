@@ -4,8 +4,8 @@
     scripts/ablation_hierarchies.py --hierarchy auto --model smollm2-135m --out ablation
     hispec bench --model smollm2-135m --methods "$(cat ablation/methods)" --prompts FILE
 
-Parts are each source, each exit, all branches (the likeliest chain alone is drafted), and ranking
-(exits veto instead).
+Parts are each source, each exit, all branches (the likeliest chain alone is drafted), ranking
+(exits veto instead), and adapting (trees are always as large as they may be).
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ def without_each(whole: Hierarchy) -> dict[str, Hierarchy]:
         found["no-sources"] = replace(whole, sources=(), nodes=0)
     if whole.branches and active:
         found["no-branches"] = replace(whole, branches=False)
+    if whole.adaptive and (active or any(x.ranks or x.adaptive for x in whole.levels)):
+        found["no-adapting"] = replace(whole, adaptive=False)
     for level in whole.levels:
         left_levels = tuple(x for x in whole.levels if x is not level)
         found[f"no-{level.name.replace(' ', '')}"] = replace(whole, levels=left_levels)

@@ -1,14 +1,15 @@
 #!/usr/bin/env python
 """Is `auto` as fast as the best fixed hierarchy? Chosen on half the prompts, told on the rest.
 
-    scripts/compare_halves.py RUN [--against auto] [--out FILE.jsonl]
+    scripts/compare_halves.py RUN [--against auto] [--fixed 'PATTERN'] [--hindsight] [--out FILE]
 
 RUN is a folder that `hispec bench` wrote, with plain decoding, ``auto`` and fixed hierarchies among
 its methods. Prompts are dealt out to two halves in turn, category by category. On either half the
 fixed method with the least total time is chosen, and compared with ``auto`` on the other; both
 directions together are the result: ``auto``'s speed over the chosen one's, by category, with a 95 %
 bootstrap interval over prompts. Beside it the same ratio free of noise: counted passes times the
-costs of passes measured on this machine.
+costs of passes measured on this machine. With ``--hindsight`` the fixed method is the best for the
+very prompts that are told about, all of them: what nobody could have chosen beforehand.
 """
 
 from __future__ import annotations
@@ -18,62 +19,56 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from hispec.bench.folder import Row, RunFolder
 from hispec.bench.stats import ratio
+from hispec.errors import HispecError
+from hispec.files import write_whole
 from hispec.loading import load
 from hispec.planner.cost_table import TARGET, CostTable
 from hispec.planner.costs import cost_table
 
+#: By method and item.
+Rows = dict[str, dict[str, list[Row]]]
 #: Bookkeeping and other engines: not what `auto` could have chosen.
 NOT_FIXED = ("hf", "llama", "ar-fast")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
+    """Prints the comparison; returns 1 if the run has nothing to compare."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path)
     parser.add_argument("--against", default="auto", help="the adaptive method")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    folder = RunFolder.open(args.run)
-    rows: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+    parser.add_argument("--fixed", default="*", metavar="PATTERN", help="methods to choose from")
+    parser.add_argument("--hindsight", action="store_true", help="choose by the prompts themselves")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="JSONL")
+    args = parser.parse_args(arguments)
+    try:
+        folder = RunFolder.open(args.run)
+        lm = load(folder.settings["model"])
+    except HispecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows: Rows = defaultdict(lambda: defaultdict(list))
     for row in folder.rows:
         if not row["error"]:
             rows[row["method"]][row["item"]].append(row)
-    fixed = [x for x in rows if x != args.against and not x.startswith(NOT_FIXED)]
+    fixed = [
+        name
+        for name in rows
+        if name != args.against and not name.startswith(NOT_FIXED) and fnmatch(name, args.fixed)
+    ]
     if args.against not in rows or not fixed:
         print(f"{args.run} lacks {args.against} or anything to compare it with.", file=sys.stderr)
         return 1
-    items = [x for x in rows[args.against] if all(x in rows[name] for name in fixed)]
-    halves = _halves(items, rows[args.against])
-    lm = load(folder.settings["model"])
     exits = lm.exits.exit_layers if lm.exits else ()
-    costs = cost_table(lm.model, {e: lm.head(e) for e in exits}, label="compared")
-    pairs: list[tuple[str, str, str]] = []  # category, item, the fixed method chosen elsewhere
-    for here, there in (halves, halves[::-1]):
-        best = min(fixed, key=lambda name: sum(_seconds(rows[name][x]) for x in here))
-        print(f"chosen on {len(here)} answers, told on {len(there)}: {best}")
-        pairs += [(rows[best][x][0]["category"], x, best) for x in there]
-    records = []
-    for category in ("all", *dict.fromkeys(pair[0] for pair in pairs)):
-        some = [pair for pair in pairs if category in ("all", pair[0])]
-        one = [[row["decode_s"] for row in rows[name][x]] for _, x, name in some]
-        other = [[row["decode_s"] for row in rows[args.against][x]] for _, x, _ in some]
-        found = ratio(one, other, [rows[name][x][0]["prompt"] for _, x, name in some])
-        counted = sum(_counted(rows[name][x][0], costs) for _, x, name in some)
-        counted /= sum(_counted(rows[args.against][x][0], costs) for _, x, _ in some)
-        records.append(
-            {
-                "category": category,
-                "answers": len(some),
-                "ratio": found.value,
-                "low": found.low,
-                "high": found.high,
-                "counted": counted,
-            }
-        )
+    label = lm.exits.fingerprint if lm.exits else "own"
+    costs = cost_table(lm.model, {e: lm.head(e) for e in exits}, label=label)
+    pairs = _chosen(rows, fixed, args.against, hindsight=args.hindsight)
+    records = _compared(rows, pairs, args.against, costs)
     print(f"{'':18}{'answers':>8}{args.against + ' over the best fixed':>30}{'counted':>10}")
     for record in records:
         within = f"{record['ratio']:.3f}"
@@ -83,8 +78,48 @@ def main() -> int:
     if args.out:
         provenance = {"run": args.run.name, **folder.provenance}
         lines = [provenance, *records]
-        args.out.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(args.out, "".join(json.dumps(line) + "\n" for line in lines))
     return 0
+
+
+def _chosen(
+    rows: Rows, fixed: list[str], against: str, *, hindsight: bool
+) -> list[tuple[str, str, str]]:
+    """Returns what is compared: category, item, and the fixed method chosen elsewhere."""
+    items = [x for x in rows[against] if all(x in rows[name] for name in fixed)]
+    halves = _halves(items, rows[against])
+    pairs: list[tuple[str, str, str]] = []
+    for here, there in ((items, items),) if hindsight else (halves, halves[::-1]):
+        best = min(fixed, key=lambda name: sum(_seconds(rows[name][x]) for x in here))
+        print(f"chosen on {len(here)} answers, told on {len(there)}: {best}")
+        pairs += [(rows[best][x][0]["category"], x, best) for x in there]
+    return pairs
+
+
+def _compared(
+    rows: Rows, pairs: list[tuple[str, str, str]], against: str, costs: CostTable
+) -> list[dict[str, Any]]:
+    """Returns the ratios, of all answers and by category."""
+    records = []
+    for category in ("all", *dict.fromkeys(pair[0] for pair in pairs)):
+        some = [pair for pair in pairs if category in ("all", pair[0])]
+        one = [[row["decode_s"] for row in rows[name][x]] for _, x, name in some]
+        other = [[row["decode_s"] for row in rows[against][x]] for _, x, _ in some]
+        found = ratio(one, other, [rows[name][x][0]["prompt"] for _, x, name in some])
+        counted = sum(_counted(rows[name][x][0], costs) for _, x, name in some)
+        counted /= sum(_counted(rows[against][x][0], costs) for _, x, _ in some)
+        records.append(
+            {
+                "category": category,
+                "answers": len(some),
+                "against": sorted({name for _, _, name in some}),
+                "ratio": found.value,
+                "low": found.low,
+                "high": found.high,
+                "counted": counted,
+            }
+        )
+    return records
 
 
 def _halves(items: list[str], rows: dict[str, list[Row]]) -> tuple[list[str], list[str]]:

@@ -138,3 +138,22 @@ def test_windows_end_where_the_exit_is_not_sure(zoo) -> None:
         lengths[name] = result.committed / result.passes
     assert lengths["echo"] > 4
     assert lengths["loud"] == pytest.approx(1.0, abs=0.1)
+
+
+def test_what_does_not_adapt_asks_always_and_learns_nothing(zoo) -> None:
+    lm = zoo("loud")
+    prompt = random_prompt(5, 20)
+    wanted = plain(lm, prompt, 100)
+    sources, exits = (("context", 8), ("recycle", 8)), (Level(2, 1, ranks=True),)
+    widths = {}
+    for adapts in (True, False):
+        hierarchy = Hierarchy(exits, "mine", sources, 3, adaptive=adapts)
+        drafter = lm.drafter(hierarchy, learn=False)
+        before = [list(chances) for chances in drafter.odds.chances]
+        with drafting(lm, drafter):
+            result = same_tokens(lm, prompt, hierarchy, Sampling(), 100, wanted)
+        assert (drafter.odds.chances == before) == (not adapts)
+        assert (result.levels[0].passes >= result.passes - 2) == (not adapts), "it is hardly right"
+        widths[adapts] = result.levels[-1].layer_visits / result.passes / 6
+    # The root, three from the databases, the exit's pick, and as many from it at most.
+    assert widths[True] < 3 < widths[False] <= 1 + 3 + 1 + 3

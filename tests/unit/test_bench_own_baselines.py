@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 from helpers.bench import save_agreeing_llama
 from helpers.lms import open_lm, plain, save_model
+from helpers.scripts import script
 
 from hispec.bench import adadecode, lookahead, roster
 from hispec.bench.methods import Engine, Question
@@ -30,7 +30,6 @@ PROMPTS = [
     [(17 * i) % 313 for i in range(70)],
 ]
 LIMIT = 48
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -158,12 +157,7 @@ def test_databases_have_their_counts(lm: LM) -> None:
 
 
 def test_ablation_removes_one_part_at_a_time(tmp_path: Path, lm: LM, capsys: Any) -> None:
-    spec = importlib.util.spec_from_file_location(
-        "ablation", ROOT / "scripts" / "ablation_hierarchies.py"
-    )
-    assert spec and spec.loader
-    ablation = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(ablation)
+    ablation = script("ablation_hierarchies")
     sources = (("context", 8), ("recycle", 8), ("history", 0))
     whole = Hierarchy((Level(2, 1, ranks=True), Level(4, 2)), "mine", sources, 8)
     (tmp_path / "mine.json").write_text(json.dumps(whole.to_json()))
@@ -171,10 +165,10 @@ def test_ablation_removes_one_part_at_a_time(tmp_path: Path, lm: LM, capsys: Any
     assert ablation.main(["--hierarchy", str(tmp_path / "mine.json"), "--out", str(out)]) == 0
     assert {path.stem for path in out.glob("*.json")} == {
         *("whole", "no-context", "no-recycle", "no-sources", "no-branches"),
-        *("no-exit2", "no-exit4", "no-ranking"),
+        *("no-exit2", "no-exit4", "no-ranking", "no-adapting"),
     }
     names = (out / "methods").read_text().strip().split(",")
     _, methods = roster.build(lm, names)  # every file is a hierarchy of its own name
-    assert methods[-8].name == "whole"
+    assert methods[-9].name == "whole"
     assert ablation.main(["--hierarchy", str(tmp_path / "none.json"), "--out", str(out)]) == 2
     assert "cannot read hierarchy" in capsys.readouterr().err

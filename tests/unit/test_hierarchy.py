@@ -93,6 +93,8 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         Hierarchy((Level(0, 3, ranks=True, model="small"),), "mine", (("context", 4),), 7),
         Hierarchy((), "mine", (("context", 4), ("recycle", 0)), 7),
         Hierarchy((Level(4, 2, ranks=True),), "mine", (("history", 31),), 29, branches=False),
+        Hierarchy((Level(4, 2, adaptive=True),), "mine", adaptive=False),
+        Hierarchy((), "mine", (("context", 4),), 7, adaptive=False),
     ],
 )
 def test_json_and_back(hierarchy: Hierarchy) -> None:
@@ -212,6 +214,8 @@ def test_how_a_hierarchy_reads() -> None:
     mixed = Hierarchy((Level(4, 2),), "mine", (("context", 4), ("recycle", 0)), 7, branches=False)
     assert str(mixed) == "mine: context (7 tokens in a chain) → exit 4 (window 2) → target"
     assert str(preset("hispec", 30)) == "hispec: exit 4 (window 2) → exit 8 (window 4) → target"
+    fixed = Hierarchy((), "fixed", (("context", 4),), 7, adaptive=False)
+    assert str(fixed) == "fixed: context (always 7 nodes) → target"
 
 
 def test_models_below_a_hierarchy() -> None:

@@ -11,7 +11,7 @@ from helpers.lms import open_lm, save_model
 
 from hispec.engine import LevelCounts
 from hispec.hierarchy import MAX_WIDTH
-from hispec.planner import costs, devices
+from hispec.planner import costs, devices, first_prices, timing
 from hispec.planner.acceptance import OWN, Acceptance, Key
 from hispec.planner.calibrate import Calibration, fitted
 from hispec.planner.cost_table import TARGET, CostTable, at, filled
@@ -84,11 +84,50 @@ def test_measured_once_and_remembered(
         costs.cost_table(lm.model, heads, 64, "other exits")
 
 
-def test_what_the_databases_and_ranking_exits_are_told(tmp_path: Path, cache_home: Path) -> None:
+def test_first_prices_wait_for_nothing_but_a_second(
+    tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     lm = open_lm(save_model(tmp_path / "llama", "gqa"))
-    relative = costs.pass_costs(lm.model)
+    head = lm.head(2)
+
+    def prices() -> tuple[object, ...]:
+        return (
+            first_prices.pass_costs(lm.model),
+            first_prices.level_cost(lm.model, head, 2, "some exits"),
+            first_prices.model_cost(lm.model, lm.model),
+        )
+
+    found = prices()
+    relative = found[0]
     assert relative[:2] == [0.0, 1.0] and relative == sorted(relative) and len(relative) == ROWS
-    assert costs.level_cost(lm.model, lm.head(2), 2) > 0
+    assert 0 < found[1] < 1 < 2 * found[2], "two of six layers, and all of them"
+    assert prices() == found, "remembered"
+    assert first_prices.level_cost(lm.model, head, 2) != found[1], "nobody says whose head"
+
+    def never(*_: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(first_prices, "in_turn", never)
+    assert prices() == found
+    first_prices.keep_price_slope(lm.model, 2.0)
+    better = costs.cost_table(lm.model, {2: head}, 64, "some exits", anew=True)
+    assert prices()[0] == better.relative() and first_prices.price_slope(lm.model) == 1.0
+    assert prices()[1] == pytest.approx(
+        (better.pass_s("exit 2", 0, 2) + better.round_s["exit 2"]) / better.plain_s
+    )
+    with pytest.raises(AssertionError, match="measured again"):
+        first_prices.level_cost(lm.model, head, 2, "other exits")
+
+
+def test_dear_and_wide_passes_are_timed_less_often() -> None:
+    ran: list[str] = []
+    tasks = {name: (lambda name=name: ran.append(name) or 0.0) for name in ("narrow", "wide")}
+    times = timing.in_turn(tasks, lambda _: None, 9, 1e9, lambda name: name == "wide")
+    assert (ran.count("narrow"), ran.count("wide")) == (1 + 9, 1 + 3)
+    assert all(usual > 0 and spread >= 0 for usual, spread in times.values())
+    ran.clear()
+    timing.in_turn(tasks, lambda _: None, 9, 0.0, lambda name: name == "wide")
+    assert (ran.count("narrow"), ran.count("wide")) == (1 + 2, 1 + 1), "out of patience"
 
 
 def test_machines_that_are_not_at_hand() -> None:

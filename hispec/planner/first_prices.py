@@ -1,0 +1,140 @@
+"""What drafting costs, for a first text that waits for it: rows, exits and models, in plain passes.
+
+Decoding streams the weights whatever the width, so the second row of a pass is nearly free and the
+thirtieth is not; where the bend lies differs from processor to processor. So whole passes are timed
+by width, and what drafts beside plain passes, as it runs in a round: right after one. Each is
+measured in a second and remembered; :mod:`hispec.planner.prices` corrects them ever after, and a
+plan puts better ones in their place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from hispec.model.cache import KVCache
+from hispec.model.exits import ExitHead
+from hispec.model.llama import Llama
+from hispec.model.measured import remembered
+from hispec.planner.cost_table import TARGET, CostTable, filled
+from hispec.planner.timing import (
+    CAUGHT_UP,
+    CONTEXT,
+    WIDTHS,
+    drafted,
+    fitting,
+    in_turn,
+    plain_pass,
+    row_states,
+)
+
+#: So wide passes are timed seldom: where they are dear nobody runs them.
+WIDE = 12
+#: So often in turn, until so many seconds are over.
+REPEATS, PATIENCE_S = 12, 1.0
+#: Rows of an exit's pass where nobody knows better: the root, and one that the databases propose.
+LEVEL_ROWS = 2
+
+
+def pass_costs(model: Llama) -> list[float]:
+    """Returns the time of a target's pass by width, relative to width 1; remembered.
+
+    Returns:
+        ``MAX_WIDTH + 1`` numbers that never fall; ``costs[w]`` is a pass of w rows through all
+        layers and the vocabulary head. ``costs[0]`` is 0.
+    """
+    return list(remembered("rows", model, lambda: _whole_passes(model), f"{WIDTHS}"))
+
+
+def price_slope(model: Llama) -> float:
+    """Returns by how much rows have proved dearer than :func:`pass_costs` says; 1 if never seen."""
+    return float(remembered("slopes", model, lambda: 1.0))
+
+
+def keep_price_slope(model: Llama, slope: float) -> None:
+    """After the call :func:`price_slope` returns ``slope``, in later processes too."""
+    remembered("slopes", model, lambda: slope, anew=True)
+
+
+def level_cost(model: Llama, head: ExitHead, exit_layer: int, label: str = "") -> float:
+    """Returns the time of an exit's first pass of a round, over two rows, in target's of one.
+
+    Args:
+        model: the target.
+        head: the exit's.
+        exit_layer: e.
+        label: what tells these heads from others at the same layer; without one nothing is
+            remembered.
+    """
+
+    def measure() -> float:
+        cache = model.new_cache([exit_layer, model.config.num_layers])
+        context = fitting(model, CONTEXT)
+        rows = row_states(model, LEVEL_ROWS)
+
+        def first_pass() -> float:
+            model.run_layers(rows, 0, exit_layer, context, cache.kv)
+            return drafted(head, cache, context, LEVEL_ROWS, context - CAUGHT_UP)
+
+        with torch.inference_mode():
+            ratio = _beside_plain(model, context, cache.kv, first_pass)
+            head.truncate(0)
+        return ratio
+
+    return _known_level(model, label, exit_layer, measure) if label else measure()
+
+
+def model_cost(model: Llama, other: Llama) -> float:
+    """Returns the time of a separate model's pass over two rows, relative to a target's of one.
+
+    Args:
+        model: the target.
+        other: the separate model.
+    """
+
+    def measure() -> float:
+        context = min(fitting(model, CONTEXT), fitting(other, CONTEXT))
+        kv = model.new_cache([model.config.num_layers]).kv
+        apart = other.new_cache([other.config.num_layers]).kv
+        run = partial(plain_pass, other, context, apart, LEVEL_ROWS)
+        with torch.inference_mode():
+            return _beside_plain(model, context, kv, run)
+
+    return float(remembered("levels", model, measure, f"{other.config}|{other.dtype}"))
+
+
+def keep_prices(model: Llama, table: CostTable, label: str = "") -> None:
+    """From now on all these are what a table says that was measured with more patience."""
+    remembered("rows", model, table.relative, f"{WIDTHS}", anew=True)
+    keep_price_slope(model, 1.0)  # what corrected the old ones
+    for name, exit_layer in table.depths.items():
+        if name != TARGET and label:
+            first = table.pass_s(name, 0, LEVEL_ROWS) + table.round_s[name]
+            price = first / table.plain_s
+            _known_level(model, label, exit_layer, partial(float, price), anew=True)
+
+
+def _known_level(
+    model: Llama, label: str, exit_layer: int, measure: Callable[[], float], *, anew: bool = False
+) -> float:
+    return remembered("levels", model, measure, f"{label}|{exit_layer}", anew=anew)
+
+
+def _whole_passes(model: Llama) -> list[float]:
+    context = fitting(model, CONTEXT)
+    with torch.inference_mode():
+        kv = model.new_cache([model.config.num_layers]).kv
+        tasks = {width: partial(plain_pass, model, context, kv, width) for width in WIDTHS}
+        # Each pass drives what the one before has left out of the caches.
+        times = in_turn(tasks, lambda _: None, REPEATS, PATIENCE_S, lambda width: width >= WIDE)
+    seconds = filled({width: usual for width, (usual, _) in times.items()})
+    return [time / seconds[1] for time in seconds]
+
+
+def _beside_plain(model: Llama, context: int, kv: KVCache, task: Callable[[], float]) -> float:
+    """Returns the time of a task right after a plain pass, relative to that pass."""
+    plain = partial(plain_pass, model, context, kv)
+    times = in_turn({"plain": plain, "task": task}, lambda _: None, REPEATS, PATIENCE_S)
+    return times["task"][0] / times["plain"][0]

@@ -1,0 +1,108 @@
+"""Timing passes, one kind after the other, as decoding would find them."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
+
+import torch
+
+from hispec.drafter import RANKS, SHOWN
+from hispec.model.cache import Cache, KVCache
+from hispec.model.exits import ExitHead
+from hispec.model.llama import Llama
+from hispec.model.nodes import MAX_WIDTH, Nodes
+from hispec.model.passes import Asked, Found
+from hispec_kernels import top_k
+
+#: Positions before the passes that are timed, where nobody says how many.
+CONTEXT = 256
+#: Rows of the passes that are timed. Products work on a few rows at a time, so that time goes up in
+#: steps: on AVX2 behind two rows and behind six.
+WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, MAX_WIDTH)
+#: Tokens that a round commits: what a head with a memory has to catch up on at the next root.
+CAUGHT_UP = 2
+#: What is timed seldom is timed every so many times.
+SELDOM = 4
+
+Task = TypeVar("Task", bound=Hashable)
+#: What was measured: the usual time, and how far the median lies above the least, relative.
+Times = tuple[float, float]
+
+
+def fitting(model: Llama, context: int) -> int:
+    """Returns so many positions, or as many as a model leaves beside its widest pass."""
+    return max(min(context, model.config.max_positions - MAX_WIDTH), 2)
+
+
+def row_states(model: Llama, rows: int) -> torch.Tensor:
+    """Returns (rows, D) states to run layers on; it does not matter to their time which."""
+    width, dtype = model.config.hidden_size, model.narrow.state_dtype
+    return torch.zeros(rows, width, dtype=dtype, device=model.device)
+
+
+def plain_pass(model: Llama, context: int, kv: KVCache, rows: int = 1) -> float:
+    """Runs a pass over all layers and the head, so that every weight goes through the caches."""
+    layers = model.config.num_layers
+    return head_alone(model, model.run_layers(row_states(model, rows), 0, layers, context, kv))
+
+
+def head_alone(model: Llama, states: torch.Tensor) -> float:
+    """Runs the target's head over final states, (rows, D)."""
+    asked = Asked(SHOWN, 1.0, None, range(len(states)), odds=False)
+    found = model.narrow.best(model.head, states, model.norm, asked, None)
+    return _picked(model.logits(states) if found is None else found)
+
+
+def drafted(head: ExitHead, cache: Cache, context: int, rows: int, known: int) -> float:
+    """An exit's head, which knows ``known`` positions, picks after rows from ``context`` on."""
+    exit_layer, layers = cache.boundaries
+    cache.computed.update({exit_layer: context + rows, layers: context})
+    head.truncate(known)
+    asked = Asked(RANKS, 1.0, None, range(context + 1, context + 1 + rows))
+    return _picked(head.best(cache, context, Nodes.line(context, rows), asked))
+
+
+def _picked(found: Found) -> float:
+    ids = found[0] if isinstance(found, tuple) else top_k(found, 1)[1]
+    return float(ids[0, 0])  # sync: the pass is over
+
+
+def in_turn(
+    tasks: Mapping[Task, Callable[[], float]],
+    before: Callable[[Task], object],
+    repeats: int,
+    patience: float,
+    seldom: Callable[[Task], bool] = lambda task: False,
+) -> dict[Task, Times]:
+    """Returns the time of each task, one after the other several times, and how it scatters.
+
+    The median is what a pass usually takes. The machine is not the same from one moment to the
+    next, but it changes for all of them alike.
+
+    Args:
+        tasks: what to time.
+        before: called with the task, untimed. In a round a pass of the target comes before an
+            exit's first; without one its layers and its head (20 MB) stay in the caches, and it
+            seems to cost half of what it does.
+        repeats: how often.
+        patience: seconds after which no further round begins, if each task was timed twice.
+        seldom: whether a task is timed every ``SELDOM``-th time only.
+    """
+    begun = time.perf_counter()
+    times: dict[Task, list[float]] = {key: [] for key in tasks}
+    for repeat in range(repeats + 1):
+        if repeat > 2 and time.perf_counter() - begun > patience:
+            break
+        for key, task in tasks.items():
+            if repeat and (repeat - 1) % SELDOM and seldom(key):
+                continue
+            before(key)
+            started = time.perf_counter()
+            task()
+            if repeat:  # the first round warms up
+                times[key].append(time.perf_counter() - started)
+    middle = {key: statistics.median(row) for key, row in times.items()}
+    return {key: (middle[key], middle[key] / min(row) - 1) for key, row in times.items()}
