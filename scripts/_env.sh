@@ -52,8 +52,9 @@ make_venv() {
     fail "the environment $VENV could not be created: is the folder writable and the disk not full?"
 }
 
+# Python compiles what is imported; compiling all there is would double the time this takes.
 pip_install() {
-    "$PYTHON" -m pip install --disable-pip-version-check --no-input "$@" </dev/null >>"$LOG" 2>&1
+    "$PYTHON" -m pip install --no-compile --disable-pip-version-check --no-input "$@" </dev/null >>"$LOG" 2>&1
 }
 
 # One sentence about a failed installation, from pip's own last error line.

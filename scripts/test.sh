@@ -7,6 +7,7 @@ ensure_env test
 cd "$ROOT"
 parallel=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then # HISPEC_VENV=none may lack it
-    parallel=(-n logical --maxprocesses 8 --dist loadfile)
+    # In order of collection: the long ones first, so that no worker is left with one at the end.
+    parallel=(-n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder)
 fi
 exec "$PYTHON" -m pytest "${parallel[@]}" "$@"
