@@ -57,6 +57,7 @@ class LevelCounts:
             included; a separate model's are of its own layers, which may be smaller.
         drafted_at: drafted tokens by their place in the window handed up.
         accepted_at: accepted ones likewise.
+        passes_of: passes by the rows they ran: ``passes_of[n]`` of n.
         time_s: wall time of its passes, until the host goes on: what it does not wait for falls to
             the level above.
     """
@@ -68,7 +69,16 @@ class LevelCounts:
     layer_visits: int = 0
     drafted_at: list[int] = field(default_factory=list)
     accepted_at: list[int] = field(default_factory=list)
+    passes_of: list[int] = field(default_factory=list)
     time_s: float = 0.0
+
+    def ran(self, rows: int, layer_visits: int, time_s: float) -> None:
+        """Counts a pass."""
+        self.passes += 1
+        self.layer_visits += layer_visits
+        self.time_s += time_s
+        self.passes_of += [0] * (rows + 1 - len(self.passes_of))
+        self.passes_of[rows] += 1
 
     def verdict(self, drafted: int, accepted: int) -> None:
         """Counts what the level above made of a draft: ``accepted`` of ``drafted`` tokens stood."""
@@ -269,7 +279,7 @@ class Decoder:
         if judges:
             self.width = len(tree)
             self.show(found)
-        self.tally(level, visits, time.perf_counter() - started)
+        self.tally(level, len(tree) - first, visits, time.perf_counter() - started)
         return picks, ranked
 
     def hurry(self) -> None:
@@ -289,7 +299,7 @@ class Decoder:
             # sync: these logits have rules to be picked by, and the host has the rules
             picks = self.picker.drafted(found, positions, lambda _: self.text(level.tip), columns)
             level.tip = tree.append(picks[0], level.tip, name)
-        self.tally(level, visits, time.perf_counter() - started)
+        self.tally(level, 1, visits, time.perf_counter() - started)
 
     def pass_over(self, level: _Level, most: int) -> tuple[Found, list[int], int]:
         """Runs a level over all it lacks.
@@ -310,14 +320,11 @@ class Decoder:
         found, visits = level.runner.run(known, root + first, end, tree.nodes, asked)
         return found, positions, visits
 
-    def tally(self, level: _Level, visits: int, elapsed: float) -> None:
-        """Counts a level's pass: the layer visits and the seconds it took."""
-        level.counts.passes += 1
-        level.counts.layer_visits += visits
-        level.counts.time_s += elapsed
+    def tally(self, level: _Level, rows: int, visits: int, elapsed: float) -> None:
+        """Counts a level's pass over so many nodes: the layer visits and the seconds it took."""
+        level.counts.ran(rows, visits, elapsed)
         if not self.drafter:
             return
-        rows = len(self.tree)
         if level is not self.levels[-1]:
             self.drafter.took(level.counts.name, rows, elapsed)
         elif visits == rows * level.runner.boundary:  # no exit has run a part of it

@@ -151,19 +151,13 @@ def _counted(row: dict[str, Any], costs: CostTable) -> float:
         name, passes = level["name"], level["passes"]
         if not passes:
             continue
-        depth = costs.depths[name]
-        visits = level["layer_visits"]
-        if name == TARGET:  # what lower levels ran is part of its rows
-            visits = row["layer_visits"]
-        width = (
-            max(visits / passes / depth, 1.0) if depth else 2.0
-        )  # without layers none are counted
         ran = min(below / passes, 1.0)
-        lifted = costs.layers_s(0, known, 1) * ran + costs.layers_s(0, known, width) * (1.0 - ran)
-        seconds += passes * (lifted + costs.pass_s(name, known, width, 0.0))
+        for rows, count in enumerate(level["passes_of"]):
+            lifted = costs.layers_s(0, known, 1) * ran + costs.layers_s(0, known, rows) * (1 - ran)
+            seconds += count * (lifted + costs.pass_s(name, known, rows, 0.0))
         if name != TARGET:
             seconds += min(passes, row["passes"]) * costs.round_s.get(name, 0.0)
-        known, below = depth, passes
+        known, below = costs.depths[name], passes
     return seconds
 
 

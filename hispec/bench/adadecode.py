@@ -100,9 +100,7 @@ class AdaDecoder(Recorder):
         ids, chances = self.picker.ranked(
             logits, [root + tip + 1], lambda _: known, runner.head.vocab_ids, 1
         )
-        level.counts.passes += 1
-        level.counts.layer_visits += visits
-        level.counts.time_s += time.perf_counter() - started
+        level.counts.ran(len(tree) - tip, visits, time.perf_counter() - started)
         return ids[0][0], chances[0][0]
 
     def judge(self, stood: int) -> None:

@@ -217,7 +217,7 @@ def add_level(total: dict[str, Any], level: dict[str, Any]) -> None:
     """Adds one answer's counts of a level to ``total``."""
     for key in ("drafted", "accepted", "passes", "time_s"):
         total[key] = total.get(key, 0) + level.get(key, 0)
-    for key in ("drafted_at", "accepted_at"):
+    for key in ("drafted_at", "accepted_at", "passes_of"):
         sums, more = total.setdefault(key, []), level.get(key, [])
         sums += [0] * (len(more) - len(sums))
         for place, count in enumerate(more):

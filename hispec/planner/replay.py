@@ -91,7 +91,7 @@ class _Echo(Decoder):
         """See ``Decoder.run``."""
         root, tree = len(self.tokens) - 1, self.tree
         first, end = level.tip, len(tree)
-        level.counts.passes += 1
+        level.counts.ran(end - first, 0, 0.0)
         self._spend(level, root + end, end - first)
         depths = tree.nodes.depths[first:end]
         known = [tree.path(node) == self._text(root, node) for node in range(first, end)]

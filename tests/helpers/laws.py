@@ -133,6 +133,8 @@ def counts_add_up(result: Result) -> None:
     for level in result.levels:
         assert 0 <= level.accepted <= level.drafted
         assert sum(level.drafted_at) == level.drafted
+        assert sum(level.passes_of) == level.passes
+        assert not any(level.passes_of[:1]), "a pass runs something"
         assert sum(level.accepted_at) == level.accepted
         assert all(a <= d for a, d in zip(level.accepted_at, level.drafted_at, strict=True))
         # A place is only drafted or accepted if the ones before it were.
