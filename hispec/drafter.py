@@ -25,7 +25,7 @@ from itertools import count
 
 import numpy as np
 
-from hispec.hierarchy import MAX_WIDTH, Hierarchy
+from hispec.hierarchy import Hierarchy
 from hispec.odds import Odds, Offer
 from hispec.planner.online import Worth
 from hispec.planner.prices import Prices
@@ -91,8 +91,6 @@ class Drafter:
         self._nodes = hierarchy.nodes
         self._branches = hierarchy.branches
         self._learns = hierarchy.adaptive
-        # Where rows cost nothing a ranking exit adds no more than the databases may.
-        self._ranked = hierarchy.nodes if not hierarchy.adaptive else MAX_WIDTH
         self._lowest = hierarchy.levels[0].name if hierarchy.levels else ""
         self.odds = odds or Odds()
         self._sources = [
@@ -285,7 +283,7 @@ class Drafter:
         pick = places[end - first].children[ids[end - first][0]]
         newest = tree.append(pick.token, end, level, values[end] * pick.chance)
         rest = [seed for seed in seeds if seed[1] is not pick]
-        chosen, _ = self._choose(rest, min(space - 1, self._ranked), len(tree))
+        chosen, _ = self._choose(rest, space - 1, len(tree))
         for node, place in enumerate(places, first):
             self._graft(tree, node, place, chosen)
         return newest
@@ -370,7 +368,7 @@ class Drafter:
                 alone = depth
         if self._sleep:
             self._sleep -= 1
-        elif self._awake:
+        elif self._awake and self._learns:
             self._misses = 0 if known else self._misses + 1
             self._sleep = min(max(self._misses - PATIENCE, 0), LONGEST_SLEEP)
         self._awake = False

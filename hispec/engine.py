@@ -134,7 +134,7 @@ class Decoder:
         self.room = 0  # tokens still worth drafting in this round
         self.width = 1  # rows of the target's last pass
         self.asked = -1  # the node below which the databases were asked last
-        parts = [(x.window, x.ranks, x.ranks or x.adaptive, x.name) for x in hierarchy.levels]
+        parts = [(x.window, x.ranks, hierarchy.adapts(x), x.name) for x in hierarchy.levels]
         # Where looking at a pick means waiting for a device, the lowest level goes on without,
         # unless its picks decide how.
         self.hurries = drafter is None and levels[0].asynchronous
@@ -173,7 +173,8 @@ class Decoder:
         """Level ``k`` grows the tree by its window, unless the text or the room ends before."""
         if k < 0:
             lowest = self.levels[0]
-            self.ask_databases(lowest.counts.name if lowest.ranks else "")
+            ranks = lowest.ranks and lowest.adaptive
+            self.ask_databases(lowest.counts.name if ranks else "")
             return
         level, tree = self.levels[k], self.tree
         goal = min(tree.nodes.depths[level.tip] + level.window, self.room)
@@ -255,7 +256,7 @@ class Decoder:
         tree, first = self.tree, level.tip
         judges = level is self.levels[-1]
         adapts = level.adaptive and self.drafter is not None
-        most = SHOWN if judges else RANKS if level.ranks else 1
+        most = SHOWN if judges else RANKS if level.ranks and adapts else 1
         found, positions, visits = self.pass_over(level, most)
         tree.read()
 

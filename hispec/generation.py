@@ -135,6 +135,10 @@ class LM:
         """
         return self._shelf.drafter(hierarchy, learn=learn)
 
+    def reprice(self, exits: Sequence[int], models: Sequence[str] = ()) -> None:
+        """Times passes anew, those of some exits and separate models too: drafting goes by them."""
+        self._shelf.reprice(exits, models)
+
     def encode(self, prompt: Prompt, *, raw: bool = False) -> list[int]:
         """Returns a prompt's token ids; see :func:`hispec.prompt.encode`."""
         return encode(prompt, self.tokenizer, self.model.config.vocab_size, raw=raw)

@@ -86,8 +86,9 @@ class Hierarchy:
         nodes: the most nodes all databases together may add to a tree at a time.
         branches: whether they may branch; otherwise only the likeliest chain is drafted.
         adaptive: draft only as far as it pays, ask ranking and adaptive levels only where they pay,
-            and learn from the text how often what is proposed is right; otherwise trees are always
-            as large, and windows as long, as they may be.
+            and learn from the text how often what is proposed is right. Otherwise trees are always
+            as large, and windows as long, as they may be, and of what a ranking level finds likely
+            its pick alone is added.
     """
 
     levels: tuple[Level, ...] = ()
@@ -161,6 +162,10 @@ class Hierarchy:
                     f"exit_layer must be in [0, {num_layers - 1}] for this {num_layers}-layer "
                     f"model, got {exit_layer}. {hint}"
                 )
+
+    def adapts(self, level: Level) -> bool:
+        """Returns whether one of its levels runs only while that is expected to be worth it."""
+        return self.adaptive and (level.ranks or level.adaptive)
 
     @property
     def exit_layers(self) -> tuple[int, ...]:
@@ -257,7 +262,10 @@ class Hierarchy:
             raise UsageError(f"{path}: {error}") from None
 
     def __str__(self) -> str:
-        parts = [str(level) for level in self.levels]
+        levels = self.levels
+        if not self.adaptive:  # windows are not the most that is gathered, but what is
+            levels = tuple(replace(level, ranks=False, adaptive=False) for level in levels)
+        parts = [str(level) for level in levels]
         names = [source for source, budget in self.sources if budget > 0]
         if names and self.nodes:
             kind = "nodes" if self.branches else "tokens in a chain"

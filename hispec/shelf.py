@@ -70,14 +70,15 @@ class Shelf:
             for name in SOURCES
             if budgets.get(name, 0) > 0 and (found := self._source(name, learn)) is not None
         ]
-        adaptive = [level for level in hierarchy.levels if level.ranks or level.adaptive]
+        adaptive = [level for level in hierarchy.levels if hierarchy.adapts(level)]
         if not sources and not adaptive:
             return None
         prices = self._priced(adaptive, learn) if hierarchy.adaptive else None
         if not learn:
             for source in sources:
                 source.reset()
-        return Drafter(sources, hierarchy, prices, self._odds if learn else Odds())
+        odds = self._odds if learn and hierarchy.adaptive else Odds()
+        return Drafter(sources, hierarchy, prices, odds)
 
     def _priced(self, levels: Sequence[Level], learn: bool) -> Prices:
         """Returns what passes cost, and those of levels that adapt."""
@@ -91,17 +92,25 @@ class Shelf:
         self._prices.add(costs)
         return self._prices
 
-    def _level_cost(self, level: Level) -> float:
-        lm, name = self._lm, level.name
-        if name not in self._level_costs:
+    def reprice(self, exits: Sequence[int], models: Sequence[str]) -> None:
+        """Times passes anew, whatever is remembered; see :meth:`LM.reprice`."""
+        self._prices = None
+        self._level_costs.clear()
+        pass_costs(self._lm.model, anew=True)
+        for level in (*(Level(0, 1, model=x) for x in models), *(Level(e, 1) for e in exits)):
+            self._level_cost(level, anew=True)
+
+    def _level_cost(self, level: Level, *, anew: bool = False) -> float:
+        lm, key = self._lm, level.model or level.name
+        if key not in self._level_costs:
             if level.model:
-                cost = model_cost(lm.model, lm.separate(level.model).model)
+                cost = model_cost(lm.model, lm.separate(level.model).model, anew=anew)
             else:
                 label = lm.exits.fingerprint if lm.exits else "own"
                 head = lm.head(level.exit_layer)
-                cost = level_cost(lm.model, head, level.exit_layer, label)
-            self._level_costs[name] = cost
-        return self._level_costs[name]
+                cost = level_cost(lm.model, head, level.exit_layer, label, anew=anew)
+            self._level_costs[key] = cost
+        return self._level_costs[key]
 
     def _source(self, name: str, learn: bool) -> Source | None:
         if (name, learn) not in self._sources:

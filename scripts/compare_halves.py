@@ -19,15 +19,22 @@ import json
 import statistics
 import sys
 from collections import defaultdict
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hispec.bench.folder import Row, RunFolder
+from hispec.bench.roster import exits_of
 from hispec.bench.stats import ratio
 from hispec.errors import HispecError
 from hispec.files import write_whole
+from hispec.hierarchy import Hierarchy
 from hispec.loading import load
+from hispec.model.device import dtype_name
+from hispec.model.measured import cpu_name
 from hispec.planner.cost_table import TARGET, CostTable
 from hispec.planner.costs import cost_table
 
@@ -48,10 +55,12 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         folder = RunFolder.open(args.run)
-        lm = load(folder.settings["model"])
+        costs = _costs(folder.settings)
     except HispecError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    if folder.provenance["cpu"] != cpu_name():
+        print(f"Counted passes are priced on this machine, not on {folder.provenance['cpu']}.")
     rows: Rows = defaultdict(lambda: defaultdict(list))
     for row in folder.rows:
         if not row["error"]:
@@ -64,9 +73,9 @@ def main(arguments: list[str] | None = None) -> int:
     if args.against not in rows or not fixed:
         print(f"{args.run} lacks {args.against} or anything to compare it with.", file=sys.stderr)
         return 1
-    exits = lm.exits.exit_layers if lm.exits else ()
-    label = lm.exits.fingerprint if lm.exits else "own"
-    costs = cost_table(lm.model, {e: lm.head(e) for e in exits}, label=label)
+    if not any(all(x in rows[name] for name in fixed) for x in rows[args.against]):
+        print(f"{args.run} has no prompt that all methods have answered.", file=sys.stderr)
+        return 1
     pairs = _chosen(rows, fixed, args.against, hindsight=args.hindsight)
     records = _compared(rows, pairs, args.against, costs)
     print(f"{'':18}{'answers':>8}{args.against + ' over the best fixed':>30}{'counted':>10}")
@@ -74,12 +83,29 @@ def main(arguments: list[str] | None = None) -> int:
         within = f"{record['ratio']:.3f}"
         if record["low"] is not None:  # one prompt says nothing about others
             within += f" [{record['low']:.3f}, {record['high']:.3f}]"
-        print(f"{record['category']:18}{record['answers']:8}{within:>30}{record['counted']:10.3f}")
+        counted = f"{record['counted']:.3f}" if record["counted"] else "-"
+        print(f"{record['category']:18}{record['answers']:8}{within:>30}{counted:>10}")
     if args.out:
         provenance = {"run": args.run.name, **folder.provenance}
         lines = [provenance, *records]
         write_whole(args.out, "".join(json.dumps(line) + "\n" for line in lines))
     return 0
+
+
+def _costs(settings: Mapping[str, Any]) -> CostTable:
+    """Returns what the passes of a run's model and exits cost here."""
+    exits = settings["exits"]
+    lm = load(
+        settings["model"],
+        exits=exits if exits and Path(exits).is_dir() else None,
+        dtype=dtype_name(getattr(torch, settings["dtype"])),
+        device=settings["device"],
+    )
+    torch.set_num_threads(settings["threads"])
+    used = [x["hierarchy"] for x in settings["methods"].values() if "hierarchy" in x]
+    layers = exits_of(map(Hierarchy.from_json, used))
+    label = lm.exits.fingerprint if lm.exits else "own"
+    return cost_table(lm.model, {e: lm.head(e) for e in layers}, label=label)
 
 
 def _chosen(
@@ -106,8 +132,8 @@ def _compared(
         one = [[row["decode_s"] for row in rows[name][x]] for _, x, name in some]
         other = [[row["decode_s"] for row in rows[against][x]] for _, x, _ in some]
         found = ratio(one, other, [rows[name][x][0]["prompt"] for _, x, name in some])
-        counted = sum(_counted(rows[name][x][0], costs) for _, x, name in some)
-        counted /= sum(_counted(rows[against][x][0], costs) for _, x, _ in some)
+        theirs = [_counted(rows[name][x][0], costs) for _, x, name in some]
+        mine = [_counted(rows[against][x][0], costs) for _, x, _ in some]
         records.append(
             {
                 "category": category,
@@ -116,7 +142,7 @@ def _compared(
                 "ratio": found.value,
                 "low": found.low,
                 "high": found.high,
-                "counted": counted,
+                "counted": sum(theirs) / sum(mine) if all(theirs) and all(mine) else None,
             }
         )
     return records
@@ -141,7 +167,7 @@ def _seconds(rows: list[Row]) -> float:
 
 
 def _counted(row: dict[str, Any], costs: CostTable) -> float:
-    """The time of an answer's passes by the table.
+    """The time of an answer's passes by the table; 0 where that is not known.
 
     A pass above an exit that ran has only the newest row to lift through the layers below it; where
     the exit was left out, all rows.
@@ -151,8 +177,10 @@ def _counted(row: dict[str, Any], costs: CostTable) -> float:
         name, passes = level["name"], level["passes"]
         if not passes:
             continue
+        if name not in costs.depths:  # a separate model
+            return 0.0
         ran = min(below / passes, 1.0)
-        for rows, count in enumerate(level["passes_of"]):
+        for rows, count in enumerate(level.get("passes_of", ())):
             lifted = costs.layers_s(0, known, 1) * ran + costs.layers_s(0, known, rows) * (1 - ran)
             seconds += count * (lifted + costs.pass_s(name, known, rows, 0.0))
         if name != TARGET:

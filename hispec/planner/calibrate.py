@@ -112,6 +112,7 @@ def calibrate(
     heads = {exit_layer: lm.head(exit_layer) for exit_layer in exits}
     label = lm.exits.fingerprint if lm.exits else "own"
     costs = cost_table(lm.model, heads, context, label, anew=True)
+    lm.reprice(exits, models)
     usual = min(prompts, key=lambda ids: abs(len(ids) - context))
     plain = plainly(lm, usual)
     costs = replace(

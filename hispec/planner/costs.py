@@ -19,7 +19,6 @@ from hispec.model.llama import Llama
 from hispec.model.measured import remembered
 from hispec.model.nodes import MAX_WIDTH
 from hispec.planner.cost_table import TARGET, CostTable, at, filled
-from hispec.planner.first_prices import keep_prices
 from hispec.planner.timing import (
     CAUGHT_UP,
     CONTEXT,
@@ -31,6 +30,7 @@ from hispec.planner.timing import (
     in_turn,
     plain_pass,
     row_states,
+    untimed,
 )
 
 HEAD_WIDTHS = (1, 2, 4, 8, MAX_WIDTH)
@@ -75,14 +75,14 @@ def cost_table(
     for exit_layer in sorted(heads):
         name = f"exit {exit_layer}"
         own = partial(measure_head, model, heads[exit_layer], exit_layer, context)
-        key = f"{label}|{exit_layer}|{context}|{HEAD_WIDTHS}"
+        key = f"{label}|{exit_layer}|{context}|{HEAD_WIDTHS}|{REPEATS}"
         found = remembered("heads", model, own, key, anew=anew) if label else own()
         heads_s[name] = filled(
             {width: times[0] for width, times in zip(HEAD_WIDTHS, found["rows"], strict=True)}
         )
         round_s[name] = max(found["root"][0][0] - at(heads_s[name], 1), 0.0)
         depths[name] = exit_layer
-    table = CostTable(
+    return CostTable(
         {**depths, TARGET: layers},
         call,
         layer,
@@ -91,9 +91,6 @@ def cost_table(
         spread=statistics.median(scatter),
         context=context,
     )
-    if anew:
-        keep_prices(model, table, label)
-    return table
 
 
 def measure(model: Llama, context: int) -> dict[str, int | list[Times]]:
@@ -123,7 +120,7 @@ def measure(model: Llama, context: int) -> dict[str, int | list[Times]]:
             tasks["few", width] = partial(through, short, width)
             tasks["head", width] = partial(head_alone, model, rows[:width])
         before = partial(plain_pass, model, context, kv)
-        times = in_turn(tasks, lambda _: before(), REPEATS, PATIENCE_S)
+        times = in_turn(tasks, lambda _: before(), REPEATS, PATIENCE_S, untimed=untimed(model))
     found = {row: [times[row, width] for width in WIDTHS] for row in ("few", "all", "head")}
     return {"short": short, **found}
 
@@ -153,6 +150,6 @@ def measure_head(
             if task[0] == "rows":
                 tasks[task]()
 
-        times = in_turn(tasks, before, REPEATS, PATIENCE_S)
+        times = in_turn(tasks, before, REPEATS, PATIENCE_S, untimed=untimed(model))
         head.truncate(0)
     return {"rows": [times["rows", width] for width in HEAD_WIDTHS], "root": [times["root", 1]]}

@@ -3,8 +3,8 @@
 Decoding streams the weights whatever the width, so the second row of a pass is nearly free and the
 thirtieth is not; where the bend lies differs from processor to processor. So whole passes are timed
 by width, and what drafts beside plain passes, as it runs in a round: right after one. Each is
-measured in a second and remembered; :mod:`hispec.planner.prices` corrects them ever after, and a
-plan puts better ones in their place.
+measured in a second, or with some dozens of passes where those take longer, and remembered;
+:mod:`hispec.planner.prices` corrects them ever after, and a plan measures them anew.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hispec.model.cache import KVCache
 from hispec.model.exits import ExitHead
 from hispec.model.llama import Llama
 from hispec.model.measured import remembered
-from hispec.planner.cost_table import TARGET, CostTable, filled
+from hispec.planner.cost_table import filled
 from hispec.planner.timing import (
     CAUGHT_UP,
     CONTEXT,
@@ -28,6 +28,7 @@ from hispec.planner.timing import (
     in_turn,
     plain_pass,
     row_states,
+    untimed,
 )
 
 #: So wide passes are timed seldom: where they are dear nobody runs them.
@@ -38,14 +39,23 @@ REPEATS, PATIENCE_S = 12, 1.0
 LEVEL_ROWS = 2
 
 
-def pass_costs(model: Llama) -> list[float]:
+def pass_costs(model: Llama, *, anew: bool = False) -> list[float]:
     """Returns the time of a target's pass by width, relative to width 1; remembered.
+
+    Args:
+        model: the target.
+        anew: measure now, whatever is remembered.
 
     Returns:
         ``MAX_WIDTH + 1`` numbers that never fall; ``costs[w]`` is a pass of w rows through all
         layers and the vocabulary head. ``costs[0]`` is 0.
     """
-    return list(remembered("rows", model, lambda: _whole_passes(model), f"{WIDTHS}"))
+
+    def measure() -> list[float]:
+        keep_price_slope(model, 1.0)  # what corrected an older table
+        return _whole_passes(model)
+
+    return list(remembered("rows", model, measure, f"{WIDTHS}", anew=anew))
 
 
 def price_slope(model: Llama) -> float:
@@ -58,7 +68,9 @@ def keep_price_slope(model: Llama, slope: float) -> None:
     remembered("slopes", model, lambda: slope, anew=True)
 
 
-def level_cost(model: Llama, head: ExitHead, exit_layer: int, label: str = "") -> float:
+def level_cost(
+    model: Llama, head: ExitHead, exit_layer: int, label: str = "", *, anew: bool = False
+) -> float:
     """Returns the time of an exit's first pass of a round, over two rows, in target's of one.
 
     Args:
@@ -67,6 +79,7 @@ def level_cost(model: Llama, head: ExitHead, exit_layer: int, label: str = "") -
         exit_layer: e.
         label: what tells these heads from others at the same layer; without one nothing is
             remembered.
+        anew: measure now, whatever is remembered.
     """
 
     def measure() -> float:
@@ -83,15 +96,18 @@ def level_cost(model: Llama, head: ExitHead, exit_layer: int, label: str = "") -
             head.truncate(0)
         return ratio
 
-    return _known_level(model, label, exit_layer, measure) if label else measure()
+    if not label:
+        return measure()
+    return float(remembered("levels", model, measure, f"{label}|{exit_layer}", anew=anew))
 
 
-def model_cost(model: Llama, other: Llama) -> float:
+def model_cost(model: Llama, other: Llama, *, anew: bool = False) -> float:
     """Returns the time of a separate model's pass over two rows, relative to a target's of one.
 
     Args:
         model: the target.
         other: the separate model.
+        anew: measure now, whatever is remembered.
     """
 
     def measure() -> float:
@@ -102,24 +118,8 @@ def model_cost(model: Llama, other: Llama) -> float:
         with torch.inference_mode():
             return _beside_plain(model, context, kv, run)
 
-    return float(remembered("levels", model, measure, f"{other.config}|{other.dtype}"))
-
-
-def keep_prices(model: Llama, table: CostTable, label: str = "") -> None:
-    """From now on all these are what a table says that was measured with more patience."""
-    remembered("rows", model, table.relative, f"{WIDTHS}", anew=True)
-    keep_price_slope(model, 1.0)  # what corrected the old ones
-    for name, exit_layer in table.depths.items():
-        if name != TARGET and label:
-            first = table.pass_s(name, 0, LEVEL_ROWS) + table.round_s[name]
-            price = first / table.plain_s
-            _known_level(model, label, exit_layer, partial(float, price), anew=True)
-
-
-def _known_level(
-    model: Llama, label: str, exit_layer: int, measure: Callable[[], float], *, anew: bool = False
-) -> float:
-    return remembered("levels", model, measure, f"{label}|{exit_layer}", anew=anew)
+    detail = f"{other.config}|{other.dtype}"
+    return float(remembered("levels", model, measure, detail, anew=anew))
 
 
 def _whole_passes(model: Llama) -> list[float]:
@@ -128,7 +128,11 @@ def _whole_passes(model: Llama) -> list[float]:
         kv = model.new_cache([model.config.num_layers]).kv
         tasks = {width: partial(plain_pass, model, context, kv, width) for width in WIDTHS}
         # Each pass drives what the one before has left out of the caches.
-        times = in_turn(tasks, lambda _: None, REPEATS, PATIENCE_S, lambda width: width >= WIDE)
+        times = in_turn(
+            *(tasks, lambda _: None, REPEATS, PATIENCE_S),
+            seldom=lambda width: width >= WIDE,
+            untimed=untimed(model),
+        )
     seconds = filled({width: usual for width, (usual, _) in times.items()})
     return [time / seconds[1] for time in seconds]
 
@@ -136,5 +140,6 @@ def _whole_passes(model: Llama) -> list[float]:
 def _beside_plain(model: Llama, context: int, kv: KVCache, task: Callable[[], float]) -> float:
     """Returns the time of a task right after a plain pass, relative to that pass."""
     plain = partial(plain_pass, model, context, kv)
-    times = in_turn({"plain": plain, "task": task}, lambda _: None, REPEATS, PATIENCE_S)
+    tasks: dict[str, Callable[[], float]] = {"plain": plain, "task": task}
+    times = in_turn(tasks, lambda _: None, REPEATS, PATIENCE_S, untimed=untimed(model))
     return times["task"][0] / times["plain"][0]

@@ -32,6 +32,11 @@ Task = TypeVar("Task", bound=Hashable)
 Times = tuple[float, float]
 
 
+def untimed(model: Llama) -> int:
+    """Returns how often passes run before they are timed: a GPU's second is captured."""
+    return 2 if model.device.type == "cuda" else 1
+
+
 def fitting(model: Llama, context: int) -> int:
     """Returns so many positions, or as many as a model leaves beside its widest pass."""
     return max(min(context, model.config.max_positions - MAX_WIDTH), 2)
@@ -75,7 +80,9 @@ def in_turn(
     before: Callable[[Task], object],
     repeats: int,
     patience: float,
+    *,
     seldom: Callable[[Task], bool] = lambda task: False,
+    untimed: int = 1,
 ) -> dict[Task, Times]:
     """Returns the time of each task, one after the other several times, and how it scatters.
 
@@ -88,21 +95,25 @@ def in_turn(
             exit's first; without one its layers and its head (20 MB) stay in the caches, and it
             seems to cost half of what it does.
         repeats: how often.
-        patience: seconds after which no further round begins, if each task was timed twice.
-        seldom: whether a task is timed every ``SELDOM``-th time only.
+        patience: seconds after which no further round begins, if there were two.
+        seldom: whether a task is timed in the first round and every ``SELDOM``-th after it only.
+        untimed: rounds beforehand.
     """
+    for _ in range(untimed):
+        for key, task in tasks.items():
+            before(key)
+            task()
     begun = time.perf_counter()
     times: dict[Task, list[float]] = {key: [] for key in tasks}
-    for repeat in range(repeats + 1):
-        if repeat > 2 and time.perf_counter() - begun > patience:
+    for repeat in range(repeats):
+        if repeat > 1 and time.perf_counter() - begun > patience:
             break
         for key, task in tasks.items():
-            if repeat and (repeat - 1) % SELDOM and seldom(key):
+            if repeat % SELDOM and seldom(key):
                 continue
             before(key)
             started = time.perf_counter()
             task()
-            if repeat:  # the first round warms up
-                times[key].append(time.perf_counter() - started)
+            times[key].append(time.perf_counter() - started)
     middle = {key: statistics.median(row) for key, row in times.items()}
     return {key: (middle[key], middle[key] / min(row) - 1) for key, row in times.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,22 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made_up.append(json.dumps(row) + "\n")
     path.write_text("".join(made_up))
     return folder / "run"
+
+
+def test_runs_that_did_not_count_rows_have_no_counted_ratio(
+    run: Path, tmp_path: Path, cache_home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(run, old)
+    rows = [json.loads(line) for line in (old / "rows.jsonl").read_text().splitlines()]
+    for row in rows:
+        for level in row["levels"]:
+            del level["passes_of"]
+    (old / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    code, told, err = compare(old, capsys, "--fixed", "large")
+    assert code == 0, err
+    assert [line.split()[-1] for line in told.splitlines()[-3:]] == ["-"] * 3
+    assert "2.000" in told
 
 
 def compare(run: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:

@@ -70,6 +70,20 @@ def test_counts_add_up(zoo, heads) -> None:
     assert accepted > 0
 
 
+def test_passes_are_counted_by_their_rows(zoo) -> None:
+    lm, prompt = zoo("gqa"), random_prompt(2, 20)
+    plain = lm.generate(prompt, hierarchy=Hierarchy(), max_new_tokens=30)
+    assert plain.levels[0].passes_of == [0, 29]
+    trees = Hierarchy((), "trees", (("context", 8), ("recycle", 8)), 3, adaptive=False)
+    (target,) = lm.generate(prompt, hierarchy=trees, max_new_tokens=60, learn=False).levels
+    rows = sum(rows * count for rows, count in enumerate(target.passes_of))
+    assert rows * 6 == target.layer_visits > 60 * 6
+    assert len(target.passes_of) <= 1 + 1 + 3, "the root and three nodes"
+    draft, target = lm.generate(prompt, hierarchy=chain((2, 2)), max_new_tokens=31).levels
+    assert draft.passes_of == [0, draft.passes], "one token after the other"
+    assert target.passes_of[3] >= target.passes - 2, "the root and a window of two"
+
+
 def test_counts_of_an_interrupted_text_add_up(zoo) -> None:
     lm = zoo("gqa")
     stream = lm.stream(random_prompt(1, 15), hierarchy=chain((1, 3), (3, 5)), max_new_tokens=50)
