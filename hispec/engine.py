@@ -256,7 +256,8 @@ class Decoder:
         tree, first = self.tree, level.tip
         judges = level is self.levels[-1]
         adapts = level.adaptive and self.drafter is not None
-        most = SHOWN if judges else RANKS if level.ranks and adapts else 1
+        shows = judges and self.drafter is not None and self.drafter.wants_top
+        most = SHOWN if shows else RANKS if level.ranks and adapts else 1
         found, positions, visits = self.pass_over(level, most)
         tree.read()
 

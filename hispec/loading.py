@@ -18,7 +18,7 @@ from hispec.model.level import check_vocabulary
 from hispec.model.linear import Layout
 from hispec.model.llama import Llama
 from hispec.model.native import native_library
-from hispec.model.numerics import cached_min_width
+from hispec.model.numerics import settle_width
 
 
 def load(
@@ -123,7 +123,7 @@ def open_lm(
         if line := without_kernels(llama):
             print(line, file=sys.stderr)
         if exact:
-            llama.narrow.min_width = cached_min_width(llama)
+            settle_width(llama)
     return LM(checkpoint, llama, exits, corpus, below, force_plan=force_plan)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -86,6 +87,11 @@ def ids_on(device: torch.device, tokens: Sequence[int | Tensor]) -> Tensor:
     return unread if known is None else torch.cat([known, unread])
 
 
+def out_of_memory(error: RuntimeError) -> bool:
+    """Returns whether a GPU's memory ran out: the allocator says so, or a library below it."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
+
+
 @contextmanager
 def enough_memory(what: str, size: int | None, advice: str) -> Iterator[None]:
     """Inside, running out of a GPU's memory raises ``HispecError`` that says what was needed.
@@ -97,13 +103,21 @@ def enough_memory(what: str, size: int | None, advice: str) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError:
-        needed = "more memory than there is" if size is None else f"{size / 2**30:.1f} GiB"
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        needed = _wanted(error) if size is None else f"{size / 2**30:.1f} GiB"
         room = ""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
             room = f" and {torch.cuda.mem_get_info()[0] / 2**30:.1f} GiB are free"
         raise HispecError(f"{what} needs {needed}{room}: {advice}.") from None
+
+
+def _wanted(error: RuntimeError) -> str:
+    """Returns what an allocator that failed was asked for, as it says so itself."""
+    found = re.search(r"Tried to allocate (\d[\d.]* \w+)", str(error))
+    return f"{found[1]} more" if found else "more memory than there is"
 
 
 def cpu_has_bf16() -> bool:

@@ -29,7 +29,7 @@ from torch import Tensor
 from hispec.model.block import Block
 from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig
-from hispec.model.device import ids_on, upload
+from hispec.model.device import ids_on, out_of_memory, upload
 from hispec.model.graphs import Graphs
 from hispec.model.linear import Linear
 from hispec.model.nodes import MAX_WIDTH, Nodes
@@ -72,9 +72,9 @@ def gpu_passes(
     passes = GpuPasses(config, rotary, dtype, device)
     try:
         passes.probe(block)
-    except torch.OutOfMemoryError:
-        raise
     except (TritonError, RuntimeError) as error:  # no compiler, too little shared memory, …
+        if isinstance(error, RuntimeError) and out_of_memory(error):
+            raise
         return None, gpu.no_build(error)
     return passes, ""
 
@@ -99,6 +99,7 @@ class GpuPasses:
     ) -> None:
         from hispec_kernels.gpu import plan
 
+        self.build = gpu.build()
         self._config = config
         self._rotary = rotary.to(device)
         self._dtype = dtype
@@ -321,14 +322,17 @@ class GpuPasses:
         if seed is not None:
             noise = np.array([seeded_state(seed), *positions], np.int64)
             self._sampling[: 1 + width].copy_(upload(noise, self._device))
-        key = (linear, norm, rows, k, seed is not None)
+        key = (linear, norm, ids, rows, k, seed is not None)
+        latest: list[tuple[Tensor, Tensor]] = []
 
         def work(whole: bool) -> None:
             started = rows if whole else width
-            self._best[key] = self._rank(linear, norm, size, rows, started, k, seed, ids)
+            latest[:] = [self._rank(linear, norm, size, rows, started, k, seed, ids)]
+            if whole:  # a graph will leave its ids there whenever it is replayed
+                self._best[key] = latest[0]
 
         self._replay(self._of_heads, key, work)
-        found, odds = self._best[key]
+        found, odds = latest[0] if latest else self._best[key]
         return found[:width].clone(), odds[:width].clone()
 
     def _rank(

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from hispec.model.device import out_of_memory
+
 
 class Graphs:
     """Captures and replays work on one device; on a CPU it just runs it.
@@ -68,7 +70,9 @@ class Graphs:
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 work(True)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             self.on = False
             print(
                 "hispec: no memory left for CUDA graphs, so passes run kernel by kernel, which is "

@@ -25,7 +25,7 @@ from hispec.model.checkpoint import Checkpoint, open_checkpoint
 from hispec.model.exits import ExitHead, SharedHead
 from hispec.model.llama import Llama
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.numerics import cached_min_width
+from hispec.model.numerics import settle_width
 from hispec.model.passes import Asked, Found, Token
 
 
@@ -152,7 +152,7 @@ class Separate:
         with torch.inference_mode():
             own = Llama.load(checkpoint, model.dtype, model.device, exact=model.exact)
             if model.exact:
-                own.narrow.min_width = cached_min_width(own)
+                settle_width(own)
         return Separate(own, checkpoint.fingerprint)
 
     def run(

@@ -156,23 +156,29 @@ class Llama:
     def _torch_passes(self) -> TorchPasses:
         return TorchPasses(self.config, self.rotary, self.dtype, self.device, exact=self.exact)
 
-    def new_cache(self, boundaries: Sequence[int]) -> Cache:
-        """Returns an empty cache for the model's whole context, states kept at ``boundaries``.
+    def new_cache(self, boundaries: Sequence[int], positions: int | None = None) -> Cache:
+        """Returns an empty cache, states kept at ``boundaries``.
+
+        Args:
+            boundaries: exits and L.
+            positions: room for so many, the widest pass included; by default for the model's whole
+                context.
 
         Raises:
             HispecError: it does not fit into the GPU's memory.
         """
         config = self.config
+        capacity = self.capacity if positions is None else -(-positions // BUCKET) * BUCKET
         size = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.dtype.itemsize
         size += len(boundaries) * config.hidden_size * self.narrow.state_dtype.itemsize
-        what = f"a cache for {config.max_positions} tokens of context"
-        with enough_memory(what, size * self.capacity, "give a shorter --context"):
+        what = f"a cache for {positions or config.max_positions} tokens of context"
+        with enough_memory(what, size * capacity, "give a shorter --context"):
             return Cache(
                 boundaries,
                 config.num_kv_heads,
                 config.head_dim,
                 config.hidden_size,
-                self.capacity,
+                capacity,
                 self.dtype,
                 self.device,
                 state_dtype=self.narrow.state_dtype,

@@ -8,6 +8,8 @@ block and the head at every width and takes what it sees.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from hispec.errors import HispecError
 from hispec.model.llama import Llama
 from hispec.model.measured import remembered
 from hispec.model.nodes import MAX_WIDTH
+from hispec.model.torch_passes import TorchPasses
 
 
 def find_min_width(model: Llama) -> int:
@@ -33,9 +36,11 @@ def find_min_width(model: Llama) -> int:
         rows = torch.randn(shape, generator=generator).to(model.device, model.dtype)
         reference = _results(model, rows, 0)
         agree = 0
+        once = getattr(model.narrow, "kernel_by_kernel", nullcontext)  # graphs are for what recurs
         for width in range(MAX_WIDTH - 1, 0, -1):
             for first in sorted({0, (MAX_WIDTH - width) // 2, MAX_WIDTH - width}):
-                found = _results(model, rows[first : first + width], first)
+                with once():
+                    found = _results(model, rows[first : first + width], first)
                 if any(
                     not torch.equal(a, b[first : first + width])
                     for a, b in zip(found, reference, strict=True)
@@ -55,7 +60,7 @@ def find_min_width(model: Llama) -> int:
 
 def _results(model: Llama, rows: Tensor, position: int) -> tuple[Tensor, Tensor]:
     """The states and logits of ``rows`` behind a fixed context, at their own positions."""
-    kv = model.new_cache((model.config.num_layers,)).kv
+    kv = model.new_cache((model.config.num_layers,), 64 + 2 * MAX_WIDTH).kv
     generator = torch.Generator().manual_seed(1)
     for past in (kv.keys[0], kv.values[0]):
         noise = torch.randn(past[:, : 64 + MAX_WIDTH].shape, generator=generator)
@@ -70,7 +75,20 @@ def _results(model: Llama, rows: Tensor, position: int) -> tuple[Tensor, Tensor]
     return states, model.logits(rows)
 
 
-def cached_min_width(model: Llama) -> int:
-    """Returns :func:`find_min_width`'s answer, remembered per machine, library, dtype and shape."""
+def settle_width(model: Llama) -> None:
+    """After the call every pass of a model rounds alike, whatever its width.
+
+    What :func:`find_min_width` finds is remembered per machine, library, dtype and shape.
+
+    Raises:
+        HispecError: that cannot be had here, or not with these passes.
+    """
     width = remembered("numerics", model, lambda: find_min_width(model))
-    return width if isinstance(width, int) and width >= 1 else find_min_width(model)
+    if not isinstance(width, int) or width < 1:
+        width = find_min_width(model)
+    if width > 1 and not isinstance(model.narrow, TorchPasses):  # they alone pad
+        raise HispecError(
+            f"{model.narrow.name} passes of fewer than {width} rows round otherwise here than "
+            f"wider ones, so exact numerics are not to be had with them: use --numerics fast."
+        )
+    model.narrow.min_width = width

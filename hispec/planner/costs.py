@@ -108,7 +108,7 @@ def measure(model: Llama, context: int) -> dict[str, int | list[Times]]:
     short = max(1, layers // 8)
     rows = row_states(model, MAX_WIDTH)
     with torch.inference_mode():
-        kv = model.new_cache([layers]).kv
+        kv = model.new_cache([layers], context + MAX_WIDTH).kv
 
         def through(count: int, width: int) -> float:
             states = model.run_layers(rows[:width], 0, count, context, kv)
@@ -135,7 +135,7 @@ def measure_head(
     """
     layers = model.config.num_layers
     with torch.inference_mode():
-        cache = model.new_cache([exit_layer, layers])
+        cache = model.new_cache([exit_layer, layers], context + MAX_WIDTH)
 
         def picked(rows: int, known: int) -> float:
             return drafted(head, cache, context, rows, known)

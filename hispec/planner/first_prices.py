@@ -18,6 +18,7 @@ from hispec.model.cache import KVCache
 from hispec.model.exits import ExitHead
 from hispec.model.llama import Llama
 from hispec.model.measured import remembered
+from hispec.model.nodes import MAX_WIDTH
 from hispec.planner.cost_table import filled
 from hispec.planner.timing import (
     CAUGHT_UP,
@@ -83,8 +84,8 @@ def level_cost(
     """
 
     def measure() -> float:
-        cache = model.new_cache([exit_layer, model.config.num_layers])
         context = fitting(model, CONTEXT)
+        cache = model.new_cache([exit_layer, model.config.num_layers], context + MAX_WIDTH)
         rows = row_states(model, LEVEL_ROWS)
 
         def first_pass() -> float:
@@ -112,8 +113,8 @@ def model_cost(model: Llama, other: Llama, *, anew: bool = False) -> float:
 
     def measure() -> float:
         context = min(fitting(model, CONTEXT), fitting(other, CONTEXT))
-        kv = model.new_cache([model.config.num_layers]).kv
-        apart = other.new_cache([other.config.num_layers]).kv
+        kv = model.new_cache([model.config.num_layers], context + MAX_WIDTH).kv
+        apart = other.new_cache([other.config.num_layers], context + MAX_WIDTH).kv
         run = partial(plain_pass, other, context, apart, LEVEL_ROWS)
         with torch.inference_mode():
             return _beside_plain(model, context, kv, run)
@@ -125,7 +126,7 @@ def model_cost(model: Llama, other: Llama, *, anew: bool = False) -> float:
 def _whole_passes(model: Llama) -> list[float]:
     context = fitting(model, CONTEXT)
     with torch.inference_mode():
-        kv = model.new_cache([model.config.num_layers]).kv
+        kv = model.new_cache([model.config.num_layers], context + MAX_WIDTH).kv
         tasks = {width: partial(plain_pass, model, context, kv, width) for width in WIDTHS}
         # Each pass drives what the one before has left out of the caches.
         times = in_turn(

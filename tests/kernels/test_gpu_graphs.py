@@ -18,6 +18,7 @@ from hispec.model import graphs
 from hispec.model.gpu import GpuPasses
 from hispec.model.llama import Llama
 from hispec.model.nodes import Nodes
+from hispec.model.passes import Asked
 
 
 @torch.inference_mode()
@@ -47,6 +48,32 @@ def test_a_graph_serves_its_whole_bucket(fp32: Llama) -> None:
     passes._of_heads.clear()
     assert len(captured) == 3  # chains, trees, and the head
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@torch.inference_mode()
+def test_ids_that_a_graph_leaves_are_not_mixed_up_with_others(fp32: Llama) -> None:
+    """A run kernel by kernel, or over another table of ids, has results of its own."""
+    passes, x = fp32.narrow, random_rows(1)
+    assert isinstance(passes, GpuPasses)
+    asked = Asked(2, 1.0, None, range(1, 2))
+    table = torch.arange(100, 100 + fp32.head.rows, device=x.device)
+
+    def best(ids: Tensor | None = None) -> list[int]:
+        found = passes.best(fp32.head, x, fp32.norm, asked, ids)
+        assert found is not None
+        return found[0][0].tolist()
+
+    passes._of_heads.clear()
+    passes._best.clear()
+    with mock.patch.object(passes._graphs, "on", True), replaying() as captured:
+        wanted = [best() for _ in range(3)][-1]
+        assert [best(table) for _ in range(3)][-1] == [100 + token for token in wanted]
+        assert len(captured) == 2
+        left = list(passes._best.values())
+        with passes.kernel_by_kernel():
+            assert best() == wanted
+        assert all(a is b for a, b in zip(left, passes._best.values(), strict=True))
+    passes._of_heads.clear()
 
 
 def test_graphs_are_for_what_comes_back_and_can_be_switched_off(monkeypatch) -> None:

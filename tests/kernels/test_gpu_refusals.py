@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -16,7 +17,7 @@ from helpers.gpu_llama import (
 )
 
 from hispec.errors import HispecError, UsageError
-from hispec.model import cache, llama
+from hispec.model import cache, llama, numerics
 from hispec.model.device import enough_memory
 from hispec.model.gpu import GpuPasses, gpu_passes
 from hispec.model.llama import Llama
@@ -114,6 +115,34 @@ def test_a_cache_without_room_for_an_exit_is_as_it_was(
     assert kept.boundaries == [3]
     kept.reset([1, 3])
     assert kept.computed == {1: 0, 3: 0}
+
+
+@pytest.mark.parametrize(
+    ("said", "needed"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has …", r"2\.50 GiB more"),
+        ("CUDA error: out of memory", "more memory than there is"),
+    ],
+)
+def test_what_ran_out_is_told_by_whoever_noticed(said: str, needed: str) -> None:
+    with (
+        pytest.raises(HispecError, match=f"decoding needs {needed}.*: do that"),
+        enough_memory("decoding", None, "do that"),
+    ):
+        raise RuntimeError(said)
+    with pytest.raises(RuntimeError, match="else"), enough_memory("decoding", None, "do that"):
+        raise RuntimeError("something else")
+
+
+def test_kernels_that_round_by_width_are_not_called_exact(
+    fp32: Llama, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numerics, "find_min_width", lambda model: 17)
+    with pytest.raises(HispecError, match=r"fewer than 17 rows round otherwise.*--numerics fast"):
+        numerics.settle_width(fp32)
+    monkeypatch.setattr(fp32.narrow, "build", "other kernels")
+    monkeypatch.setattr(numerics, "find_min_width", lambda model: 1)
+    numerics.settle_width(fp32)  # of other kernels nothing is remembered
 
 
 def test_memory_that_runs_out_in_a_text_says_what_helps() -> None:

@@ -172,5 +172,5 @@ def test_chains_that_do_not_adapt_are_strict_ones(zoo) -> None:
 
 def test_databases_that_do_not_adapt_never_sleep() -> None:
     liar, hierarchy = Liar(), Hierarchy((), "test", (("context", 24),), 12, adaptive=False)
-    time = time_of(list(range(201)), 1, Drafter([liar], hierarchy), COSTS)
-    assert liar.asked >= 198 and time > 1.1 * 200
+    time_of(list(range(201)), 1, Drafter([liar], hierarchy))
+    assert liar.asked >= 198

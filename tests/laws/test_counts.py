@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+from unittest import mock
 
 import pytest
 from helpers.laws import counts_add_up, random_hierarchy, random_prompt
 from helpers.lms import chain
 
+from hispec.drafter import SHOWN
 from hispec.hierarchy import Hierarchy
+from hispec.picker import Picker
 from hispec.sampling import Sampling
 
 SAMPLINGS = (Sampling(), Sampling(0.7, seed=3), Sampling(1.0, seed=4))
@@ -82,6 +85,23 @@ def test_passes_are_counted_by_their_rows(zoo) -> None:
     draft, target = lm.generate(prompt, hierarchy=chain((2, 2)), max_new_tokens=31).levels
     assert draft.passes_of == [0, draft.passes], "one token after the other"
     assert target.passes_of[3] >= target.passes - 2, "the root and a window of two"
+
+
+def test_nothing_is_ranked_that_nobody_looks_at(zoo) -> None:
+    asked: list[int] = []
+    real = Picker.asked
+
+    def recorded(picker: Picker, k: int, *rest, **more):
+        asked.append(k)
+        return real(picker, k, *rest, **more)
+
+    lm, prompt = zoo("gqa"), random_prompt(2, 20)
+    with mock.patch.object(Picker, "asked", recorded):
+        for names, most in (((), 1), (("context",), 1), (("context", "recycle"), SHOWN)):
+            asked.clear()
+            databases = Hierarchy((), "mine", tuple((name, 8) for name in names), 3 * bool(names))
+            lm.generate(prompt, hierarchy=databases, max_new_tokens=8, learn=False)
+            assert set(asked[1:]) == {most}, names  # prefill is first
 
 
 def test_counts_of_an_interrupted_text_add_up(zoo) -> None:

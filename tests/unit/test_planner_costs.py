@@ -104,7 +104,7 @@ def test_first_prices_wait_for_nothing_but_a_second(
     assert prices() == found, "remembered"
     assert first_prices.level_cost(lm.model, head, 2) != found[1], "nobody says whose head"
 
-    def never(*_: object) -> None:
+    def never(*_: object, **__: object) -> None:
         raise AssertionError("measured again")
 
     monkeypatch.setattr(first_prices, "in_turn", never)

@@ -12,7 +12,10 @@ splits of 128 merged in order. The number of rows only decides how many tiles an
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.util
+from importlib import metadata
+from pathlib import Path
 
 import torch
 
@@ -60,6 +63,15 @@ def _trial(device: torch.device) -> str:
     except Exception as error:  # no compiler, no Python.h, no libcuda.so: each of another kind
         return no_build(error)
     return ""
+
+
+@functools.cache
+def build() -> str:
+    """Returns what tells these kernels, and Triton's code for them, from others."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return f"triton {metadata.version('triton')} {digest.hexdigest()[:12]}"
 
 
 def no_build(error: Exception) -> str:
