@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+from pathlib import Path
 
 import pytest
+from helpers.scripts import script
 
 from hispec.planner import devices
 from hispec.planner.acceptance import Acceptance, Key
@@ -99,6 +102,20 @@ def test_random_tables_keep_what_must_hold() -> None:
         assert forecast(chain, COSTS, more).tokens_per_pass == pytest.approx(
             forecast(chain, COSTS, more).rows
         )
+
+
+def test_models_and_machines_that_are_not_at_hand(tmp_path: Path, capsys) -> None:
+    out = tmp_path / "forecast.jsonl"
+    assert script("forecast_machines").main(["--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == len(capsys.readouterr().out.splitlines()) - 2 == 12
+    for row in rows:
+        slow, fast = row["plain_tok_per_s"]
+        assert fast / slow == pytest.approx(4.8 / 3.35), "bandwidths"
+        assert row["best"] >= row["best_single"] >= 1 and row["best"] >= row["hispec_paper"]
+    strong = {(x["model"], x["head"]): x["best"] for x in rows if x["exits"] == "strong"}
+    weak = {(x["model"], x["head"]): x["best"] for x in rows if x["exits"] == "weak"}
+    assert all(strong[key] > weak[key] for key in weak)
 
 
 def test_what_the_field_reads_from_such_tables() -> None:
