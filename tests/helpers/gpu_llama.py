@@ -30,6 +30,8 @@ from hispec.model.llama import Llama
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+if DEVICE.type == "cuda":  # the interpreter has no bf16
+    DTYPES["bf16"] = torch.bfloat16
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2}
 CONFIG = ModelConfig(
     vocab_size=53,

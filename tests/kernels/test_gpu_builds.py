@@ -12,6 +12,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 BUILD = """
+import os
+import re
+import subprocess
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -40,6 +44,20 @@ def build(kernel, types, warps=4, stages=1, capability=90, **constants):
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return built.metadata.shared, built.asm["ptx"]
 
+def spilled(ptx):
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    command = [assembler, "-v", "--gpu-name=sm_90a", "-o", os.devnull, "-"]
+    done = subprocess.run(command, input=ptx, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return sum(map(int, re.findall(r"(\\d+) bytes spill stores", done.stderr)))
+
+# Plain decoding of SmolLM2: one tile of rows, a K that no block divides.
+plain = dict(TILES=1, EVEN=False, BLOCK_N=16, BLOCK_K=256, stages=4)
+for half in (B, "*fp16"):
+    _, ptx = build(
+        products._product, (half, half, half, F, F, I, i, i), BIAS=False, RESIDUAL=True, **plain
+    )
+    assert "mma.sync" in ptx and spilled(ptx) == 0
 cut = dict(TILES=2, BLOCK_N=32, EVEN=True, stages=4)
 shared, ptx = build(
     products._product, (B, B, B, F, F, I, i, i), BIAS=True, RESIDUAL=True, BLOCK_K=256, **cut
@@ -71,7 +89,8 @@ build(noise._noisy, (F, F, L, L, L, "fp32", i, i), IDS=True, BLOCK=1024)
 types = (B, B, F, F, I, F, F, L, F, L, I, i, i, i)
 build(exit_head._head, types, NOISE=True, IDS=True, K=3, BLOCK_K=256, **cut)
 types = (F, F, I, F, F, L, L, F, I, i)
-build(exit_head._rank, types, IDS=True, K=3, PIECES=4096, CANDIDATES=16384, warps=8)
+_, ptx = build(exit_head._rank, types, IDS=True, K=8, PIECES=4096, warps=8)  # 128,256 tokens
+assert spilled(ptx) == 0, "candidates do not fit the registers"
 build(follow._follow, (L, L, L, L, L, i), BLOCK=32, warps=1)
 build(compact._compact, (B, L, L, I, i, i), BLOCK=128, warps=1)
 build(top_k._best, (F, I, F, L, i, i), COLUMNS=True, K=8, BLOCK=4096, warps=8)

@@ -6,6 +6,8 @@ The rule is read from the source (no module is imported), so an import inside a 
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -137,6 +139,28 @@ def test_triton_is_loaded_only_where_its_kernels_are() -> None:
         for name, lazy in imports_of(path.read_text(encoding="utf-8"), package):
             kernels = name.startswith(("triton", "hispec_kernels.gpu."))
             assert lazy or not kernels, f"importing {module} loads {name}"
+
+
+def test_everything_imports_without_triton_and_touches_no_gpu() -> None:
+    names = [name for name, _, _ in our_modules() if not name.startswith("hispec_kernels.gpu.")]
+    names = [name for name in names if name.split(".")[-1] != "__main__"]
+    code = (
+        "import importlib, sys\n"
+        "sys.modules['triton'] = None  # as if it were not installed\n"
+        "import torch\n"
+        "def touched(*_):\n    raise AssertionError('a GPU is looked at')\n"
+        "torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = touched\n"
+        f"for name in {names!r}:\n    importlib.import_module(name)\n"
+    )
+    path = os.pathsep.join(str(ROOT / part) for part in ("", "kernels", "training"))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_every_module_has_a_rank() -> None:

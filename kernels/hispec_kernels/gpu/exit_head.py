@@ -139,7 +139,6 @@ def _rank(
     IDS: tl.constexpr,
     K: tl.constexpr,
     PIECES: tl.constexpr,
-    CANDIDATES: tl.constexpr,
 ):
     row = tl.program_id(0)
     if row < tl.load(width_ptr):
@@ -149,26 +148,31 @@ def _rank(
         shares = tl.load(share_ptr + row * pieces + piece, mask=there, other=0.0)
         peak = tl.max(peaks, 0)
         total = tl.sum(shares * tl.exp(peaks - peak), 0)
-        place = tl.arange(0, CANDIDATES)
-        there = place < pieces * K
-        at = row * pieces * K + place
+        # A piece's candidates are in order, so the best of all is among the pieces' next ones.
+        at = (row * pieces + piece) * K
         scores = tl.load(score_ptr + at, mask=there, other=float("-inf"))
         columns = tl.load(column_ptr + at, mask=there, other=0x7FFFFFFF)
-        logits = tl.load(logit_ptr + at, mask=there, other=0.0)
+        last = at + K
         for rank in tl.static_range(K):
             best = tl.max(scores, 0)
             column = tl.min(tl.where(scores == best, columns, 0x7FFFFFFF), 0)
-            taken = columns == column
-            logit = tl.sum(tl.where(taken, logits, 0.0), 0)
             known = column != 0x7FFFFFFF  # else all is NaN: any id will do that can be looked up
+            taken = (columns == column) & known
+            logit = tl.sum(tl.load(logit_ptr + at, mask=taken, other=0.0), 0)
             column = tl.where(known, column, 0)
             token = column.to(tl.int64)
             if IDS:
                 token = tl.load(id_ptr + column)
             tl.store(best_ptr + row * K + rank, token)
             tl.store(odds_ptr + row * K + rank, tl.where(known, tl.exp(logit - peak) / total, 0.0))
-            scores = tl.where(taken, float("-inf"), scores)
-            columns = tl.where(taken, 0x7FFFFFFF, columns)
+            at += taken.to(tl.int32)
+            more = taken & (at < last)
+            scores = tl.where(
+                taken, tl.load(score_ptr + at, mask=more, other=float("-inf")), scores
+            )
+            columns = tl.where(
+                taken, tl.load(column_ptr + at, mask=more, other=0x7FFFFFFF), columns
+            )
 
 
 class Candidates:
@@ -238,7 +242,6 @@ def best(
         IDS=ids is not None,
         K=k,
         PIECES=triton.next_power_of_2(pieces),
-        CANDIDATES=triton.next_power_of_2(pieces * k),
-        num_warps=8,
+        num_warps=8 if pieces <= 4096 else 32,  # what a thread keeps fits its registers
     )
     return room.ids, room.odds
