@@ -35,6 +35,7 @@ FITS = {
     "machine": "the machine",
     "passes": "the kind of passes",
     "dtype": "the dtype",
+    "numerics": "the numerics",
     "threads": "the number of threads",
 }
 
@@ -98,6 +99,7 @@ def made_for(lm: LM, hierarchy: Hierarchy) -> dict[str, Any]:
         "machine": machine(lm.model.device),
         "passes": lm.model.narrow.name,
         "dtype": dtype_name(lm.model.dtype),
+        "numerics": "exact" if lm.model.exact else "fast",
         "threads": torch.get_num_threads(),
     }
 
