@@ -9,13 +9,14 @@
 #
 # Two passes over the texts. The shipped weights came about in stages, each from the ones before
 # (`--start-from DIR`) on new answers: exits 4 and 8 on 0.68 M, then 1.4 M tokens, exit 8 on 0.9 M
-# more; exit 0 began as an exit 2 of the second stage and took the last 0.9 M three times. At last
-# exits 0 and 8 saw 0.5 M more, and average_exits.py took the mean of before and after.
+# more; exit 0 began as an exit 2 of the second stage and took the last 0.9 M three times. Then exits
+# 0 and 8 saw 0.5 M more, and all three 0.3 M twice (`--epochs 1.3 --lr 0.0006`); after each of these
+# average_exits.py took the mean of before and after.
 # scripts/results/LOG.md has the curves and why fresh texts count for more than passes.
 #
 # Run again with the same arguments to go on after an interruption.
 set -euo pipefail
-[ $# -ge 2 ] || { sed -n '2,15s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+[ $# -ge 2 ] || { sed -n '2,16s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 source "$(dirname "${BASH_SOURCE[0]}")/_env.sh"
 ensure_env test # with the training libraries
 data=$1 out=$2
