@@ -32,9 +32,9 @@ from hispec.planner.timing import (
     untimed,
 )
 
-#: So wide passes are timed seldom: where they are dear nobody runs them.
+#: Passes this wide are timed seldom: where they are dear nobody runs them.
 WIDE = 12
-#: So often in turn, until so many seconds are over.
+#: Everything is timed so often in turn, until so many seconds are over.
 REPEATS, PATIENCE_S = 12, 1.0
 #: Rows of an exit's pass where nobody knows better: the root, and one that the databases propose.
 LEVEL_ROWS = 2
