@@ -45,7 +45,7 @@ def test_they_draft_as_on_torchs_passes(
 ) -> None:
     # The interpreter's times say nothing, and take a minute to measure.
     monkeypatch.setattr(shelf, "pass_costs", lambda model: [0.0] + [1.0] * MAX_WIDTH)
-    monkeypatch.setattr(shelf, "level_cost", lambda *_: 0.05)
+    monkeypatch.setattr(shelf, "level_cost", lambda *_, **__: 0.05)
     wanted = answer(open_lm(folder, exits=exits), chain())
     ours, theirs = answer(lm, hierarchy), answer(open_lm(folder, exits=exits), hierarchy)
     assert ours.token_ids == theirs.token_ids == wanted.token_ids
