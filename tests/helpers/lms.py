@@ -333,8 +333,8 @@ def watching(model: Llama) -> Iterator[Recorder]:
         recorder.note(start, stop, position, x.shape[0])
         return run_layers(x, start, stop, position, kv, **options)
 
-    def watched_cache(boundaries: Sequence[int]) -> Any:
-        cache = new_cache(boundaries)
+    def watched_cache(boundaries: Sequence[int], positions: int | None = None) -> Any:
+        cache = new_cache(boundaries, positions)
         forget, reset = cache.truncate, cache.reset
 
         def watched_truncate(length: int) -> None:
