@@ -109,7 +109,7 @@ class LibraryPasses(GpuPasses):
                 add_rms_norm(states, norm, self._config.rms_norm_eps, self._count, h)
             self._found[key] = linear(h)
 
-        self._replay(self._of_heads, key, work)
+        self.graphs.run(self._of_heads, key, work)
         return self._found[key].to(torch.float32, copy=True)
 
     def best(
@@ -130,7 +130,7 @@ class LibraryPasses(GpuPasses):
             add_rms_norm(states, norm, self._config.rms_norm_eps, self._count, h)
             self._found[key] = linear(h).argmax(-1, keepdim=True)
 
-        self._replay(self._of_heads, key, work)
+        self.graphs.run(self._of_heads, key, work)
         picks = self._found[key] if ids is None else ids[self._found[key]]
         return picks.clone(), torch.zeros_like(picks, dtype=torch.float32)
 

@@ -121,7 +121,7 @@ class _Total:
         models = self._method.hierarchy.models if isinstance(self._method, Engine) else ()
         if self._passes and not models:
             spans = Spans(device)
-            with self._passes.watched(spans.mark):
+            with self._passes.graphs.watched(spans.mark):
                 outcome = self._method(question)
             self._watched_s += outcome.decode_s
             self._busy_s += spans.seconds()

@@ -123,7 +123,7 @@ class Steps:
         if not isinstance(passes, GpuPasses):
             return None
         spans = Spans(self.model.device)
-        with decoding_on(self.model, passes), passes.watched(spans.mark):
+        with decoding_on(self.model, passes), passes.graphs.watched(spans.mark):
             for _ in range(self.repeats):
                 self._step()
         return spans.seconds() / self.repeats * 1e3
@@ -164,7 +164,7 @@ def plain_rows(
     times = steps.plain_ms(ways)
     eager = times[0]
     if isinstance(narrow, GpuPasses):
-        with narrow.kernel_by_kernel():
+        with narrow.graphs.kernel_by_kernel():
             (eager,) = steps.plain_ms([narrow])
     floor = step_bytes(model, context) / ceiling / 1e6
     cost = times[0] / min(times[1:]) - 1

@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 import torch
@@ -29,11 +28,11 @@ from torch import Tensor
 from hispec.model.block import Block
 from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig
-from hispec.model.device import ids_on, out_of_memory, upload
+from hispec.model.device import out_of_memory, upload
 from hispec.model.graphs import Graphs
 from hispec.model.linear import Linear
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Asked, Rotary, Token
+from hispec.model.passes import Asked, Embedding, Rotary
 from hispec_kernels import gpu
 
 _Known = dict[Hashable, "torch.cuda.CUDAGraph | None"]
@@ -79,7 +78,7 @@ def gpu_passes(
     return passes, ""
 
 
-class GpuPasses:
+class GpuPasses(Embedding):
     """Blocks run by Triton kernels.
 
     Args:
@@ -99,13 +98,12 @@ class GpuPasses:
     ) -> None:
         from hispec_kernels.gpu import plan
 
+        super().__init__(device)
         self.build = gpu.build()
         self._config = config
         self._rotary = rotary.to(device)
         self._dtype = dtype
-        self._device = device
-        self._graphs = Graphs(device)
-        self._mark: Callable[[], object] | None = None
+        self.graphs = Graphs(device)
         self._of_cache: weakref.WeakKeyDictionary[KVCache, _Known] = weakref.WeakKeyDictionary()
         self._of_heads: _Known = {}
         self._straight = plan.STRAIGHT
@@ -145,6 +143,33 @@ class GpuPasses:
         nodes: Nodes | None = None,
     ) -> Tensor:
         """See :class:`~hispec.model.passes.Passes`; at most ``MAX_WIDTH`` rows."""
+        return self._pass(blocks, x, position, kv, first, nodes).clone()
+
+    def lift(
+        self,
+        blocks: Sequence[Block],
+        source: Tensor,
+        target: Tensor,
+        position: int,
+        width: int,
+        kv: KVCache,
+        first: int,
+        nodes: Nodes | None = None,
+    ) -> None:
+        """See :class:`~hispec.model.passes.Passes`."""
+        rows = slice(position, position + width)
+        target[rows] = self._pass(blocks, source[rows], position, kv, first, nodes)
+
+    def _pass(
+        self,
+        blocks: Sequence[Block],
+        x: Tensor,
+        position: int,
+        kv: KVCache,
+        first: int,
+        nodes: Nodes | None,
+    ) -> Tensor:
+        """Does :meth:`run`; the result lies where the next pass will work."""
         width = x.shape[0]
         tree = nodes is not None and not nodes.straight(position + width - nodes.root)
         self._send_plan(position, width, nodes if tree else None)
@@ -160,8 +185,8 @@ class GpuPasses:
                 self._run_blocks(blocks, kv, first, rows, width, needed, tree)
 
         known = self._of_cache.setdefault(kv, {})
-        self._replay(known, (blocks[0], first, len(blocks), rows, splits, tree), work)
-        return self._x[:width].clone()
+        self.graphs.run(known, (blocks[0], first, len(blocks), rows, splits, tree), work)
+        return self._x[:width]
 
     def _run_blocks(
         self,
@@ -235,33 +260,6 @@ class GpuPasses:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _replay(self, known: _Known, key: Hashable, work: Callable[[bool], None]) -> None:
-        """See :meth:`hispec.model.graphs.Graphs.run`."""
-        mark = self._mark
-        if mark:
-            mark()
-        self._graphs.run(known, key, work)
-        if mark:
-            mark()
-
-    @contextmanager
-    def kernel_by_kernel(self) -> Iterator[None]:
-        """Inside, nothing is replayed from graphs."""
-        before, self._graphs.on = self._graphs.on, False
-        try:
-            yield
-        finally:
-            self._graphs.on = before
-
-    @contextmanager
-    def watched(self, mark: Callable[[], object]) -> Iterator[None]:
-        """Inside, ``mark`` is called right before and right behind all that graphs stand for."""
-        before, self._mark = self._mark, mark
-        try:
-            yield
-        finally:
-            self._mark = before
-
     @property
     def captured(self) -> int:
         """Graphs there are: of caches that still live, and of heads."""
@@ -284,10 +282,6 @@ class GpuPasses:
         moves = upload(np.array([[len(sources)] * len(sources), sources, targets]), self._device)
         compact(kv.storage, moves[1], moves[2], moves[0])
 
-    def embed(self, linear: Linear, tokens: Sequence[Token]) -> Tensor:
-        """See :class:`~hispec.model.passes.Passes`."""
-        return linear.take(ids_on(self._device, tokens))
-
     # ------------------------------------------------------------------ products
 
     def project(self, linear: Linear, x: Tensor, norm: Tensor | None = None) -> Tensor:
@@ -305,7 +299,7 @@ class GpuPasses:
         def work(whole: bool) -> None:
             self._project(linear, norm, size, rows, rows if whole else width, out[:rows])
 
-        self._replay(known, key, work)
+        self.graphs.run(known, key, work)
         return out[:width].clone()
 
     def best(
@@ -331,7 +325,7 @@ class GpuPasses:
             if whole:  # a graph will leave its ids there whenever it is replayed
                 self._best[key] = latest[0]
 
-        self._replay(self._of_heads, key, work)
+        self.graphs.run(self._of_heads, key, work)
         found, odds = latest[0] if latest else self._best[key]
         return found[:width].clone(), odds[:width].clone()
 

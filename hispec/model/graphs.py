@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Graphs:
     def __init__(self, device: torch.device) -> None:
         self.on = device.type == "cuda" and os.environ.get("HISPEC_GRAPHS", "1") != "0"
         self._pool: Any = None
+        self._mark: Callable[[], object] | None = None
 
     def run(
         self,
@@ -50,17 +52,37 @@ class Graphs:
             work: starts kernels on static buffers; told whether to start as many programs as the
                 whole bucket needs, or only as many as this time.
         """
-        if not self.on:
-            work(False)
-            return
-        graph = known.get(key)
-        if graph is None and key in known:
-            graph = known[key] = self._capture(work)
-        known.setdefault(key, graph)
+        if self._mark:
+            self._mark()
+        graph = known.get(key) if self.on else None
+        if self.on and graph is None:
+            if key in known:
+                graph = self._capture(work)
+            known[key] = graph
         if graph is None:
             work(False)
         else:
             graph.replay()
+        if self._mark:
+            self._mark()
+
+    @contextmanager
+    def kernel_by_kernel(self) -> Iterator[None]:
+        """Inside, nothing is captured or replayed."""
+        before, self.on = self.on, False
+        try:
+            yield
+        finally:
+            self.on = before
+
+    @contextmanager
+    def watched(self, mark: Callable[[], object]) -> Iterator[None]:
+        """Inside, ``mark`` is called right before and right behind all that graphs stand for."""
+        before, self._mark = self._mark, mark
+        try:
+            yield
+        finally:
+            self._mark = before
 
     def _capture(self, work: Callable[[bool], None]) -> torch.cuda.CUDAGraph | None:
         """Returns the graph of ``work``, or None where there is no memory for it."""

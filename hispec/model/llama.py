@@ -216,11 +216,10 @@ class Llama:
         for level in cache.boundaries:
             start = cache.computed[level]
             if start < upto:
-                rows = (
-                    self.embed(tokens[start:upto]) if not known else cache.states[below][start:upto]
-                )  # (W, D)
-                rows = self.run_layers(rows, below, level, start, cache.kv, nodes=nodes, wide=wide)
-                cache.states[level][start:upto] = rows
+                source = cache.states[below if known else level]
+                if not known:
+                    self.narrow.embed_into(self.embedding, tokens[start:upto], source, start)
+                self.lift(cache, source, below, level, start, upto, nodes=nodes, wide=wide)
                 cache.computed[level] = upto
                 visits += (upto - start) * (level - below)
             if level == boundary:
@@ -261,6 +260,37 @@ class Llama:
             )
             self.narrow.move(cache.kv, sources, targets)
         cache.keep(root, kept)
+
+    def lift(
+        self,
+        cache: Cache,
+        source: Tensor,
+        start: int,
+        stop: int,
+        position: int,
+        upto: int,
+        *,
+        nodes: Nodes | None = None,
+        wide: bool = False,
+    ) -> None:
+        """Does what :meth:`run_layers` does, from ``source`` to the states at a boundary.
+
+        Args:
+            cache: has a boundary at ``stop``.
+            source: (S, D), states after ``layers[0:start]`` by slot; may be those at ``stop``.
+            start: first layer.
+            stop: one past the last layer.
+            position: slot of the first row.
+            upto: slot past the last row.
+            nodes: see :meth:`run_layers`.
+            wide: likewise.
+        """
+        width = upto - position
+        assert wide or width <= MAX_WIDTH, "a narrow pass takes MAX_WIDTH rows"
+        if start < stop:  # an exit before the first layer has the embeddings
+            passes, target = self.wide if wide else self.narrow, cache.states[stop]
+            blocks = self.blocks[start:stop]
+            passes.lift(blocks, source, target, position, width, cache.kv, start, nodes)
 
     def run_layers(
         self,

@@ -6,6 +6,7 @@ folder cannot be written it is measured again at the next start.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import platform
@@ -52,7 +53,7 @@ def _key(model: Llama) -> str:
     config = model.config
     device = model.device.type
     parts = (
-        metadata.version("hispec"),
+        _version(),
         torch.__version__,
         platform.machine(),
         _processor(),
@@ -84,6 +85,12 @@ def cpu_name() -> str:
     return _processor().partition(":")[2].strip() or _processor() or platform.machine()
 
 
+@functools.cache
+def _version() -> str:
+    return metadata.version("hispec")
+
+
+@functools.cache
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():

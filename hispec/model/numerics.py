@@ -36,10 +36,10 @@ def find_min_width(model: Llama) -> int:
         rows = torch.randn(shape, generator=generator).to(model.device, model.dtype)
         reference = _results(model, rows, 0)
         agree = 0
-        once = getattr(model.narrow, "kernel_by_kernel", nullcontext)  # graphs are for what recurs
+        graphs = getattr(model.narrow, "graphs", None)  # they are for what recurs
         for width in range(MAX_WIDTH - 1, 0, -1):
             for first in sorted({0, (MAX_WIDTH - width) // 2, MAX_WIDTH - width}):
-                with once():
+                with graphs.kernel_by_kernel() if graphs else nullcontext():
                     found = _results(model, rows[first : first + width], first)
                 if any(
                     not torch.equal(a, b[first : first + width])

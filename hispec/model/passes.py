@@ -1,6 +1,7 @@
 """Running blocks over new rows of a cache.
 
     run(blocks, x, position, kv)      states after the blocks, their keys and values stored
+    lift(blocks, source, target, …)   the same between two boundaries' states
     project(linear, x, norm)          a product, after RMSNorm where a norm is given
     move(kv, sources, targets)        a tree's kept nodes take the slots of those that go
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from hispec.model.block import Block
 from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig, rope_frequencies
+from hispec.model.device import ids_on
 from hispec.model.linear import Linear
 from hispec.model.nodes import Nodes
 from hispec_kernels import rotate
@@ -87,8 +89,39 @@ class Passes(Protocol):
         """
         ...
 
+    def lift(
+        self,
+        blocks: Sequence[Block],
+        source: Tensor,
+        target: Tensor,
+        position: int,
+        width: int,
+        kv: KVCache,
+        first: int,
+        nodes: Nodes | None = None,
+    ) -> None:
+        """Does what :meth:`run` does, from one boundary's states to another's.
+
+        Args:
+            blocks: as there.
+            source: (S, D) states by slot, of ``state_dtype``.
+            target: likewise, where the blocks' go; may be ``source``.
+            position: slot of the first row.
+            width: W.
+            kv: as there.
+            first: likewise.
+            nodes: likewise.
+        """
+        ...
+
     def embed(self, linear: Linear, tokens: Sequence[Token]) -> Tensor:
         """Returns the rows of an embedding, (T, D), for that many ids."""
+        ...
+
+    def embed_into(
+        self, linear: Linear, tokens: Sequence[Token], states: Tensor, position: int
+    ) -> None:
+        """Does the same into the slots from ``position`` on of ``states`` (S, D)."""
         ...
 
     def move(self, kv: KVCache, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -133,6 +166,23 @@ class Passes(Protocol):
             ids (W, k) int64 and odds (W, k) fp32; None where this is not done in one step.
         """
         ...
+
+
+class Embedding:
+    """Embedding by torch, for ways of running blocks that leave it at that."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def embed(self, linear: Linear, tokens: Sequence[Token]) -> Tensor:
+        """See :class:`Passes`."""
+        return linear.take(ids_on(self._device, tokens))
+
+    def embed_into(
+        self, linear: Linear, tokens: Sequence[Token], states: Tensor, position: int
+    ) -> None:
+        """See :class:`Passes`."""
+        states[position : position + len(tokens)] = self.embed(linear, tokens)
 
 
 class Rotary:

@@ -20,10 +20,9 @@ from torch import Tensor
 from hispec.model.block import Block
 from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig
-from hispec.model.device import ids_on
 from hispec.model.linear import Linear
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Asked, Rotary, Token
+from hispec.model.passes import Asked, Embedding, Rotary
 from hispec_kernels import decode_attention, rms_norm, rope_write, swiglu
 from hispec_kernels.attention import BUCKET, ROWS
 
@@ -48,7 +47,7 @@ class _Described(NamedTuple):
     queries: Tensor  # (H_kv, R, D_h) scratch
 
 
-class TorchPasses:
+class TorchPasses(Embedding):
     """Blocks run operator by operator.
 
     Exact numerics: a row's result must not depend on which rows it shares a pass with. So passes
@@ -71,6 +70,7 @@ class TorchPasses:
         *,
         exact: bool,
     ) -> None:
+        super().__init__(device)
         self.config = config
         self._rotary = rotary.to(device)
         self.exact = exact
@@ -103,6 +103,21 @@ class TorchPasses:
             x = self._run_block(block, x, at, kv.keys[layer], kv.values[layer])
         return x[:rows]
 
+    def lift(
+        self,
+        blocks: Sequence[Block],
+        source: Tensor,
+        target: Tensor,
+        position: int,
+        width: int,
+        kv: KVCache,
+        first: int,
+        nodes: Nodes | None = None,
+    ) -> None:
+        """See :class:`Passes`."""
+        rows = slice(position, position + width)
+        target[rows] = self.run(blocks, source[rows], position, kv, first, nodes)
+
     def project(self, linear: Linear, x: Tensor, norm: Tensor | None = None) -> Tensor:
         """See :class:`Passes`."""
         rows = x.shape[0]
@@ -116,10 +131,6 @@ class TorchPasses:
     ) -> tuple[Tensor, Tensor] | None:
         """See :class:`Passes`."""
         return None
-
-    def embed(self, linear: Linear, tokens: Sequence[Token]) -> Tensor:
-        """See :class:`Passes`."""
-        return linear.take(ids_on(self._cos.device, tokens))
 
     def store(self, projected: Tensor, position: int, kv: KVCache, layer: int) -> None:
         """See :class:`Passes`."""

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from helpers.builds import skip_or_fail
+from helpers.cells import by_position
 from hispec.model.block import Block
 from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig
@@ -206,7 +207,8 @@ class Setup:
     def by_position(self, kv: KVCache) -> tuple[Tensor, Tensor]:
         """All layers' keys and values, (L, H_kv, S, D_h) each."""
         keys, values = kv.storage.unbind(1)
-        return self.passes.by_position(keys, "keys"), self.passes.by_position(values, "values")
+        layout = self.passes.layout
+        return by_position(keys, "keys", layout), by_position(values, "values", layout)
 
     def run(self, widths: Sequence[int], kv: KVCache | None = None) -> Tensor:
         """States of ``x``'s first ``sum(widths)`` rows, run in passes of these widths."""

@@ -7,8 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
-import torch
-
 from hispec.generation import LM
 from hispec.hierarchy import Hierarchy
 from hispec.sampling import Sampling
@@ -23,19 +21,19 @@ def failing_at(lm: LM, call: int) -> Iterator[None]:
     """The ``call``-th pass from here on raises, be it the target's or a separate model's."""
     calls = 0
 
-    def failing(run_layers: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def run(*args: Any, **options: Any) -> torch.Tensor:
+    def failing(lift: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **options: Any) -> None:
             nonlocal calls
             calls += 1
             if calls == call:
                 raise Injected
-            return run_layers(*args, **options)
+            lift(*args, **options)
 
         return run
 
     with ExitStack() as stack:
         for model in (lm.model, *(separate.model for separate in lm._separate.values())):
-            patch = mock.patch.object(model, "run_layers", failing(model.run_layers))
+            patch = mock.patch.object(model, "lift", failing(model.lift))
             stack.enter_context(patch)
         yield
 

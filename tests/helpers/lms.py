@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.builds import skip_or_fail
+from helpers.cells import by_position
 from helpers.tiny_llama import save_tiny_llama
 from hispec.generation import LM
 from hispec.hierarchy import Hierarchy
@@ -158,8 +159,8 @@ def cells_by_position(lm: LM, kv: KVCache) -> list[Tensor]:
     if not isinstance(passes, NativePasses):
         return [*kv.keys, *kv.values]
     return [
-        *(passes.by_position(keys, "keys") for keys in kv.keys),
-        *(passes.by_position(values, "values") for values in kv.values),
+        *(by_position(keys, "keys", passes.layout) for keys in kv.keys),
+        *(by_position(values, "values", passes.layout) for values in kv.values),
     ]
 
 
@@ -325,13 +326,20 @@ def recording_separate(lm: LM, path: str) -> Iterator[Recorder]:
 def watching(model: Llama) -> Iterator[Recorder]:
     """Records a model's passes and what caches that it makes meanwhile drop."""
     recorder = Recorder()
-    run_layers, new_cache, keep = model.run_layers, model.new_cache, model.keep
+    run_layers, lift = model.run_layers, model.lift
+    new_cache, keep = model.new_cache, model.keep
 
     def watched_run(
         x: Tensor, start: int, stop: int, position: int, kv: Any, **options: Any
     ) -> Tensor:
         recorder.note(start, stop, position, x.shape[0])
         return run_layers(x, start, stop, position, kv, **options)
+
+    def watched_lift(
+        cache: Any, source: Tensor, start: int, stop: int, position: int, upto: int, **options: Any
+    ) -> None:
+        recorder.note(start, stop, position, upto - position)
+        lift(cache, source, start, stop, position, upto, **options)
 
     def watched_cache(boundaries: Sequence[int], positions: int | None = None) -> Any:
         cache = new_cache(boundaries, positions)
@@ -355,6 +363,7 @@ def watching(model: Llama) -> Iterator[Recorder]:
     with (
         mock.patch.object(model, "keep", watched_keep),
         mock.patch.object(model, "run_layers", watched_run),
+        mock.patch.object(model, "lift", watched_lift),
         mock.patch.object(model, "new_cache", watched_cache),
     ):
         yield recorder

@@ -66,7 +66,7 @@ def test_a_pass_is_watched_and_its_time_told(fp32: Llama) -> None:
     assert spans.seconds() == 0
     marks = mock.Mock(wraps=spans.mark)
     x = random_rows(1)
-    with passes.watched(marks):
+    with passes.graphs.watched(marks):
         fp32.logits(fp32.run_layers(x, 0, 3, 0, fp32.new_cache([3]).kv))
     assert marks.call_count == 4, "before and behind the layers, and the head"
     assert spans.seconds() > 0
@@ -116,7 +116,7 @@ def test_what_is_captured_under_the_clock_is_counted(
     _, methods = engines(lm, {})
     questions = [Question(list(range(3, 9)), 4)]
     monkeypatch.setattr(gpu_methods, "WATCHED", 0)
-    with mock.patch.object(passes._graphs, "on", True), replaying():
+    with mock.patch.object(passes.graphs, "on", True), replaying():
         with mock.patch.object(gpu_methods, "warm_up"):
             (cold,) = gpu_methods.compare(lm, methods, questions, lambda: None)
         (warm,) = gpu_methods.compare(lm, methods, questions, lambda: None)

@@ -40,10 +40,10 @@ def test_a_graph_serves_its_whole_bucket(fp32: Llama) -> None:
         found += [passes.project(fp32.head, x[:n], fp32.norm) for n in (1, 4, 2)]
         return found
 
-    with passes.kernel_by_kernel():
+    with passes.graphs.kernel_by_kernel():
         wanted = everything()
     passes._of_heads.clear()
-    with mock.patch.object(passes._graphs, "on", True), replaying() as captured:
+    with mock.patch.object(passes.graphs, "on", True), replaying() as captured:
         found = everything()
     passes._of_heads.clear()
     assert len(captured) == 3  # chains, trees, and the head
@@ -65,12 +65,12 @@ def test_ids_that_a_graph_leaves_are_not_mixed_up_with_others(fp32: Llama) -> No
 
     passes._of_heads.clear()
     passes._best.clear()
-    with mock.patch.object(passes._graphs, "on", True), replaying() as captured:
+    with mock.patch.object(passes.graphs, "on", True), replaying() as captured:
         wanted = [best() for _ in range(3)][-1]
         assert [best(table) for _ in range(3)][-1] == [100 + token for token in wanted]
         assert len(captured) == 2
         left = list(passes._best.values())
-        with passes.kernel_by_kernel():
+        with passes.graphs.kernel_by_kernel():
             assert best() == wanted
         assert all(a is b for a, b in zip(left, passes._best.values(), strict=True))
     passes._of_heads.clear()

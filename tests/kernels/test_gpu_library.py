@@ -53,7 +53,7 @@ def test_a_graph_of_theirs_serves_other_rows_and_places(fp32: Llama) -> None:
         wanted = decode()
         assert passes.captured == 0
         passes._of_heads.clear()
-        with mock.patch.object(passes._graphs, "on", True), replaying() as captured:
+        with mock.patch.object(passes.graphs, "on", True), replaying() as captured:
             found = decode()
             assert passes.captured == len(captured) == 2  # the layers and the head
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))

@@ -57,7 +57,7 @@ def test_contexts_grow_from_bucket_to_bucket() -> None:
     ours, reference = past_of(model, 1100), past_of(model, 1100)
     passes = model.narrow
     assert isinstance(passes, GpuPasses)
-    passes._graphs.on = True
+    passes.graphs.on = True
     with replaying() as captured:
         for start in (500, 700, 1100) * 2:  # in 4, 8 and all splits
             x = random_rows(3, seed=start)
@@ -118,7 +118,7 @@ def test_a_heads_best_ids_are_those_of_its_logits(fp32: Llama, seed: int | None)
     assert isinstance(passes, GpuPasses)
     logits = passes.project(fp32.head, x, norm)
     ids = torch.arange(53, device=DEVICE).flip(0) * 3
-    with mock.patch.object(passes._graphs, "on", True), replaying() as captured:
+    with mock.patch.object(passes.graphs, "on", True), replaying() as captured:
         for temperature, at in ((0.7, 4), (1.3, 9), (0.9, 30)):
             positions = list(range(at, at + 3))
             asked = Asked(2, temperature, seed, positions)
