@@ -184,7 +184,7 @@ def _counted(row: dict[str, Any], costs: CostTable) -> float:
             lifted = costs.layers_s(0, known, 1) * ran + costs.layers_s(0, known, rows) * (1 - ran)
             seconds += count * (lifted + costs.pass_s(name, known, rows, 0.0))
         if name != TARGET:
-            seconds += min(passes, row["passes"]) * costs.round_s.get(name, 0.0)
+            seconds += min(passes, row["passes"]) * costs.first_s(name, known)
         known, below = costs.depths[name], passes
     return seconds
 

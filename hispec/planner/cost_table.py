@@ -8,6 +8,10 @@ A pass of a level runs the layers that its rows lack, then its head:
 at all: it is lifted, alone, through those below. A separate model shares nothing and costs what a
 whole pass of its own does.
 
+A target's pass drives all else from the caches. An exit's first pass of a round finds its weights
+in memory; when it drafts on, the caches hold some of them, which is what its passes are priced at.
+The first one's surcharge is :meth:`CostTable.first_s`.
+
 Nothing here runs a model: :mod:`hispec.planner.costs` fills such a table by measuring,
 :mod:`hispec.planner.devices` from sizes and bandwidths of machines that are not at hand.
 """
@@ -36,6 +40,7 @@ class CostTable:
         heads_s: of each exit's head and the target's, picks included, by rows.
         round_s: of what each exit's head takes more at a root than from there on: to catch up on
             what was committed, and to come from memory once.
+        kept_s: of what one of an exit's layers takes less from there on.
         models_s: of a whole pass of each separate model, by rows.
         prompt_s: of a token of a prompt that a separate model reads.
         step_s: of the engine's own work in a level's step.
@@ -49,6 +54,7 @@ class CostTable:
     layer_s: Sequence[float]
     heads_s: Mapping[str, Sequence[float]]
     round_s: Mapping[str, float] = field(default_factory=dict)
+    kept_s: Mapping[str, float] = field(default_factory=dict)
     models_s: Mapping[str, Sequence[float]] = field(default_factory=dict)
     prompt_s: Mapping[str, float] = field(default_factory=dict)
     step_s: float = 0.0
@@ -65,6 +71,8 @@ class CostTable:
     def pass_s(self, name: str, known: int, rows: float, lifted: float = 1.0) -> float:
         """Returns the time of a level's step, drafting below it not included.
 
+        An exit's first of a round takes :meth:`first_s` more.
+
         Args:
             name: an exit, a separate model or ``target``.
             known: layers whose states the rows have from the exit below; 0 if there is none.
@@ -75,9 +83,18 @@ class CostTable:
             return at(self.models_s[name], rows) + self.step_s
         depth = self.depths[name]
         below = lifted * self.layers_s(0, known, 1)
-        return (
-            below + self.layers_s(known, depth, rows) + at(self.heads_s[name], rows) + (self.step_s)
-        )
+        own = self.layers_s(known, depth, rows) - self.kept_s.get(name, 0.0) * (depth - known)
+        return below + own + at(self.heads_s[name], rows) + self.step_s
+
+    def first_s(self, name: str, known: int) -> float:
+        """Returns what a level's first step of a round takes more than the others.
+
+        Args:
+            name: an exit, a separate model or the databases.
+            known: layers whose states the exit below has; 0 if there is none.
+        """
+        own = self.depths.get(name, known) - known
+        return self.round_s.get(name, 0.0) + self.kept_s.get(name, 0.0) * own
 
     @property
     def plain_s(self) -> float:
@@ -96,6 +113,7 @@ class CostTable:
             layer_s=[factor * time for time in self.layer_s],
             heads_s=slower(self.heads_s),
             round_s={name: factor * time for name, time in self.round_s.items()},
+            kept_s={name: factor * time for name, time in self.kept_s.items()},
             models_s=slower(self.models_s),
             prompt_s={name: factor * time for name, time in self.prompt_s.items()},
         )
@@ -116,6 +134,7 @@ class CostTable:
             "layer_s": list(self.layer_s),
             "heads_s": {name: list(row) for name, row in self.heads_s.items()},
             "round_s": dict(self.round_s),
+            "kept_s": dict(self.kept_s),
             "models_s": {name: list(row) for name, row in self.models_s.items()},
             "prompt_s": dict(self.prompt_s),
             "step_s": self.step_s,

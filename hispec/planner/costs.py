@@ -71,23 +71,28 @@ def cost_table(
     else:
         layer = [time / layers for time in whole]
     call = [max(time - layers * one, 0.0) for time, one in zip(whole, layer, strict=True)]
-    depths, heads_s, round_s = {}, {}, {}
+    depths, heads_s, round_s, kept_s = {}, {}, {}, {}
     for exit_layer in sorted(heads):
         name = f"exit {exit_layer}"
         own = partial(measure_head, model, heads[exit_layer], exit_layer, context)
-        key = f"{label}|{exit_layer}|{context}|{HEAD_WIDTHS}|{REPEATS}"
+        key = f"{label}|{exit_layer}|{context}|{HEAD_WIDTHS}|{REPEATS}|again"
         found = remembered("heads", model, own, key, anew=anew) if label else own()
         heads_s[name] = filled(
             {width: times[0] for width, times in zip(HEAD_WIDTHS, found["rows"], strict=True)}
         )
         round_s[name] = max(found["root"][0][0] - at(heads_s[name], 1), 0.0)
         depths[name] = exit_layer
+        # Layers and head together, as the caches hold less of both than of either alone.
+        cold = call[1] + exit_layer * layer[1] if exit_layer else 0.0
+        kept = cold + at(heads_s[name], 1) - found["again"][0][0]
+        kept_s[name] = min(max(kept / max(exit_layer, 1), 0.0), layer[1])
     return CostTable(
         {**depths, TARGET: layers},
         call,
         layer,
         {**heads_s, TARGET: head},
         round_s,
+        kept_s,
         spread=statistics.median(scatter),
         context=context,
     )
@@ -131,7 +136,8 @@ def measure_head(
     """Returns seconds of an exit's head over ``HEAD_WIDTHS`` rows, and over one at a new root.
 
     At a new root the target's weights have just gone through the caches, and the head's come from
-    memory. A head that drafts on finds there what they hold of it from the row before.
+    memory. A head that drafts on finds there what they hold of it from the row before; so do the
+    exit's layers, which ``again`` times with it, over one row.
     """
     layers = model.config.num_layers
     with torch.inference_mode():
@@ -144,12 +150,20 @@ def measure_head(
             ("rows", width): partial(picked, width, context) for width in HEAD_WIDTHS
         }
         tasks["root", 1] = partial(picked, 1, context - CAUGHT_UP)
+        states = row_states(model, 1)
+
+        def again() -> float:
+            model.run_layers(states, 0, exit_layer, context, cache.kv)
+            return picked(1, context)
+
+        tasks["again", 1] = again
 
         def before(task: tuple[str, int]) -> None:
             plain_pass(model, context, cache.kv)
-            if task[0] == "rows":
+            if task[0] != "root":
                 tasks[task]()
 
         times = in_turn(tasks, before, REPEATS, PATIENCE_S, untimed=untimed(model))
         head.truncate(0)
-    return {"rows": [times["rows", width] for width in HEAD_WIDTHS], "root": [times["root", 1]]}
+    found = {name: [times[name, 1]] for name in ("root", "again")}
+    return {"rows": [times["rows", width] for width in HEAD_WIDTHS], **found}

@@ -140,7 +140,7 @@ class _Echo(Decoder):
     def _spend(self, level: _Level, upto: int, rows: int) -> None:
         """Adds a pass's time, and raises the cache's watermarks as it would have."""
         costs, name, cache, below = self._costs, level.counts.name, level.runner.cache, 0
-        seconds = costs.step_s
+        seconds, own = costs.step_s, 0
         if name in costs.models_s:  # what it was not asked about it runs now
             if name not in self._read:
                 self._read.add(name)
@@ -155,6 +155,7 @@ class _Echo(Decoder):
             if missing > 0:
                 if name not in costs.models_s:
                     seconds += costs.layers_s(below, boundary, missing)
+                    own = boundary - below
                 cache.computed[boundary] = upto
             if boundary == level.runner.boundary:
                 break
@@ -162,6 +163,8 @@ class _Echo(Decoder):
         if name not in self._met:
             self._met.add(name)
             seconds += costs.round_s.get(name, 0.0)
+        else:
+            seconds -= costs.kept_s.get(name, 0.0) * own
         self._done.seconds += seconds
         self._done.parts[name] = self._done.parts.get(name, 0.0) + seconds
 

@@ -112,6 +112,7 @@ class _States:
         checked: (M, T) chance that a token more than was asked for was dropped: then the newest has
             this level's state and is not lifted for the level above.
         known: (M,) layers whose states its tokens have.
+        first: (M,) seconds that the first step of a window takes more than the others.
         row: (M,) row of the state below, -1 where there is none.
         window: (M,) tokens the level below hands up.
     """
@@ -124,6 +125,7 @@ class _States:
     handed: np.ndarray
     checked: np.ndarray
     known: np.ndarray
+    first: np.ndarray
     row: np.ndarray
     window: np.ndarray
 
@@ -176,7 +178,8 @@ class _Solver:
         alone = np.array([1.0, 0.0, 0.0, 0.0])
         never = np.zeros_like(windows)
         known = costs.depths.get(name, 0)
-        rows = [(step, step, -1, alone, once, windows, never, known, -1, 0)]
+        first = costs.first_s(name, 0)
+        rows = [(step, step, -1, alone, once, windows, never, known, first, -1, 0)]
         for j in range(0 if name == SOURCES else i):
             latencies = self._edges(j, i)  # (M, T)
             stands = np.cumprod(self.acceptance.rates(self.names[j], name, self.longest))
@@ -185,10 +188,11 @@ class _Solver:
                 among = np.flatnonzero(self.states[j].known == known)
                 best = among[np.argmin(latencies[among], axis=0)]  # (T,)
                 depth = costs.depths.get(name, int(known))
+                first = costs.first_s(name, int(known))
                 for t, row in enumerate(best):
                     time = latencies[row, t]
                     state = (time, time * gains[t], j, mixes[t], steps[t], handed[t], checked[t])
-                    rows.append((*state, depth, row, t + 1))
+                    rows.append((*state, depth, first, row, t + 1))
         return _States(*(np.array(column) for column in zip(*rows, strict=True)))
 
     def _edges(self, j: int, i: int) -> np.ndarray:
@@ -207,8 +211,7 @@ class _Solver:
             passes[at] = np.interp(lower.handed[at] + 1, np.arange(MAX_WIDTH + 1), row)
             if name in costs.depths:
                 passes[at] -= lower.checked[at] * costs.layers_s(0, int(known), 1)
-        once = costs.round_s.get(self.names[j], 0.0)
-        return (lower.steps * lower.step[:, None] + once + passes) / gain
+        return (lower.steps * lower.step[:, None] + lower.first[:, None] + passes) / gain
 
     def _rates(self, j: int, i: int) -> np.ndarray:
         """Returns the chance of each of level j's tokens to stand at i, by its state, (M, 2 T)."""
@@ -277,7 +280,7 @@ def chain_latency(
     lower, via = chain[0][0], ""
     drafts_alone = lower != SOURCES
     step = costs.pass_s(lower, 0, 1) if drafts_alone else costs.ask_s
-    known = costs.depths.get(lower, 0)
+    known, first = costs.depths.get(lower, 0), costs.first_s(lower, 0)
     mix = [1.0, 0.0, 0.0, 0.0]
     latency, below = step, 0
     stands: list[float] = []
@@ -296,13 +299,13 @@ def chain_latency(
         survive = survival(rates)
         whole = int(handed)
         gain = 1 + sum(survive[:whole]) + (handed - whole) * survive[whole]
-        once = costs.round_s.get(lower, 0.0)
-        latency = (steps * step + once + costs.pass_s(upper, known, handed + 1, 1 - checked)) / gain
+        passed = costs.pass_s(upper, known, handed + 1, 1 - checked)
+        latency = (steps * step + first + passed) / gain
         stands = survival(acceptance.rates(lower, upper, window))
         own_gain = 1 + sum(stands)
         step, below, via = latency * own_gain, window, lower
         mix = [0.0, sum(stands) / own_gain, (1 - stands[-1]) / own_gain, stands[-1] / own_gain]
-        known = costs.depths.get(upper, known)
+        first, known = costs.first_s(upper, known), costs.depths.get(upper, known)
     return latency
 
 

@@ -68,7 +68,7 @@ def forecast(chain: Chain, costs: CostTable, acceptance: Acceptance) -> Forecast
         acceptance: of every edge.
     """
     names = [*(name for name, _ in chain), TARGET]
-    window, known = _Window({(0, 0): 1.0}, {}, 0.0), 0
+    window, known, first = _Window({(0, 0): 1.0}, {}, 0.0), 0, 0.0
     for place, (name, goal) in enumerate(chain):
         upper, own = names[place + 1], costs.depths.get(name, known)
         if place == 0:
@@ -80,9 +80,10 @@ def forecast(chain: Chain, costs: CostTable, acceptance: Acceptance) -> Forecast
             ]
             step = _step_s(name, known, window, costs)
             window = _checked(name, goal, window, step, by_origin)
+        first += costs.first_s(name, known)
         known = own
     seconds = window.seconds + _step_s(TARGET, known, window, costs)
-    seconds += sum(costs.round_s.get(name, 0.0) for name, _ in chain)
+    seconds += first
     tokens = 1 + sum(chance * stood for (_, stood), chance in window.outcomes.items())
     rows = 1 + sum(chance * count for (count, _), chance in window.outcomes.items())
     latency = seconds / tokens

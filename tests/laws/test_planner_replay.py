@@ -75,6 +75,23 @@ def test_time_is_that_of_the_passes(known) -> None:
         assert after.seconds - before.seconds == pytest.approx(sum(before.passes.values()))
 
 
+def test_layers_are_cheaper_from_an_exit_s_second_pass_of_a_round_on(known) -> None:
+    lm, _, shadow, costs, acceptance = known
+    kept = replace(costs, kept_s={"exit 1": 1.0, "exit 2": 1.0})
+    for exit_layer, window in ((1, 1), (1, 3), (2, 3)):
+        hierarchy = chain((exit_layer, window))
+        before = replay(lm, hierarchy, [shadow], replace(costs, kept_s={}), acceptance)
+        after = replay(lm, hierarchy, [shadow], kept, acceptance)
+        saved = before.seconds - after.seconds
+        if window == 1:
+            assert saved == 0
+            continue
+        again = before.passes[f"exit {exit_layer}"] - before.passes["target"]
+        assert again > 1
+        # In the last round there is room for fewer drafts, perhaps for none.
+        assert saved == pytest.approx(exit_layer * again, abs=exit_layer)
+
+
 def test_rates_are_what_the_engine_counts(known) -> None:
     """An exit's acceptance by place, from its shadow, is that of decoding with it."""
     lm, prompt, _, _, acceptance = known

@@ -40,6 +40,16 @@ def test_a_pass_is_layers_head_and_what_is_lifted() -> None:
     assert made.plain_s == 0.5 + 30 + 10 + 0.25
 
 
+def test_the_first_step_of_a_round_finds_nothing_in_the_caches() -> None:
+    cold, made = table(), table(round_s={"exit 4": 3.0, "exit 8": 3.0}, kept_s={"exit 8": 0.25})
+    for name, known, first in (("exit 4", 0, 3), ("exit 8", 0, 3 + 2), ("exit 8", 4, 3 + 1)):
+        assert made.first_s(name, known) == first
+        both = made.pass_s(name, known, 2) + made.first_s(name, known)
+        assert both == cold.pass_s(name, known, 2) + 3, "own layers alone are kept"
+    assert made.first_s("sources", 0) == made.first_s("small", 4) == 0.0
+    assert made.plain_s == cold.plain_s
+
+
 def test_between_two_numbers_of_rows_and_past_the_last() -> None:
     assert at([0.0, 1.0, 3.0], 1.5) == 2.0
     assert at([0.0, 1.0, 3.0], 9) == 3.0
@@ -55,7 +65,7 @@ def test_relative_costs_start_at_one_and_never_fall() -> None:
 
 
 def test_it_survives_json() -> None:
-    made = table(round_s={"exit 4": 0.1}, ask_s=0.2, context=256)
+    made = table(round_s={"exit 4": 0.1}, kept_s={"exit 4": 0.05}, ask_s=0.2, context=256)
     assert CostTable.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
@@ -168,13 +178,19 @@ def plain(passes: int, passes_s: float, decode_s: float) -> Result:
 
 
 def test_passes_in_earnest_are_slower_in_proportion_and_the_rest_is_the_engine_s_own() -> None:
-    made = table(round_s={"exit 4": 1.0}, models_s={"small": [7.0] * ROWS}, prompt_s={"small": 0.5})
+    made = table(
+        round_s={"exit 4": 1.0},
+        kept_s={"exit 4": 0.5},
+        models_s={"small": [7.0] * ROWS},
+        prompt_s={"small": 0.5},
+    )
     found = fitted(made, plain(10, 12 * made.plain_s, 12 * made.plain_s + 20))
     assert found.step_s == pytest.approx(2)
     bare = replace(found, step_s=0.0)
     for name, known in (("exit 4", 0), ("exit 8", 4), (TARGET, 8), ("small", 0)):
         assert bare.pass_s(name, known, 3) == pytest.approx(1.2 * made.pass_s(name, known, 3))
-    assert found.round_s == {"exit 4": 1.2} and found.prompt_s == {"small": 0.6}
+    assert found.round_s == {"exit 4": 1.2} and found.kept_s == {"exit 4": 0.6}
+    assert found.prompt_s == {"small": 0.6}
     assert fitted(found, plain(10, 12 * made.plain_s, 12 * made.plain_s + 20)).plain_s == (
         pytest.approx(found.plain_s)
     ), "what was fitted already stays"

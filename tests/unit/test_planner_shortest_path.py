@@ -28,6 +28,8 @@ def random_costs(draw: random.Random, exits: list[str], models: list[str]) -> Co
         row(draw.choice((0.0, 0.2))),
         row(1.0),
         {name: row(draw.uniform(0.5, 8)) for name in [*exits, TARGET]},
+        round_s={name: draw.uniform(0, 2) for name in exits},
+        kept_s={name: draw.uniform(0, 0.5) for name in exits},
         models_s={name: row(draw.uniform(0.5, 20)) for name in models},
         step_s=draw.choice((0.0, 0.3)),
         ask_s=draw.uniform(0.1, 1),

@@ -22,6 +22,8 @@ COSTS = CostTable(
     [0.0] * WIDE,
     [1.0 + 0.01 * rows for rows in range(WIDE)],
     {"exit 4": [2.0] * WIDE, "exit 8": [2.0] * WIDE, TARGET: [8.0] * WIDE},
+    round_s={"exit 4": 0.5},
+    kept_s={"exit 4": 0.25, "exit 8": 0.125},
     ask_s=0.5,
 )
 
