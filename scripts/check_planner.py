@@ -143,7 +143,8 @@ def synthetic(lm: LM, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns simulations of exits with chosen rates, and what the engine made of the same.
 
     The machine is not the same from one minute to the next. So costs are measured in every repeat,
-    beside what they forecast, and medians are compared.
+    plain decoding runs right before every hierarchy, and each forecast is held against the
+    measurement next to it.
     """
     prompt = lm.encode("Tell a long story about a lighthouse.")
     lm.eos = frozenset()  # the text goes on as long as is wanted
@@ -161,17 +162,17 @@ def synthetic(lm: LM, args: argparse.Namespace) -> list[dict[str, Any]]:
         with scripted(lm._heads, script(runs[-1], exits)):
             heads = {layer: lm.head(layer) for layer in exits}
             costs = cost_table(lm.model, heads, len(prompt) + args.tokens // 2, anew=True)
-        plain = lm.generate(prompt, hierarchy=AR, max_new_tokens=args.tokens, learn=False)
-        costs = fitted(costs, plain)
         for run in runs:
+            plain = lm.generate(prompt, hierarchy=AR, max_new_tokens=args.tokens, learn=False)
+            fit = fitted(costs, plain)
             chosen = script(run, run.hierarchy.exit_layers)
             with scripted(lm._heads, chosen):
                 done = lm.generate(
                     prompt, hierarchy=run.hierarchy, max_new_tokens=args.tokens, learn=False
                 )
             assert done.token_ids == plain.token_ids, "drafting changed a token"
-            wanted = forecast(chain_of(run.hierarchy), costs, chosen.acceptance())
-            run.add(plain, done, wanted, costs)
+            wanted = forecast(chain_of(run.hierarchy), fit, chosen.acceptance())
+            run.add(plain, done, wanted, fit)
         print(f"repeat {repeat + 1} of {args.repeats}", file=sys.stderr)
     return [run.row() for run in runs]
 
@@ -206,16 +207,16 @@ class _Run:
     def row(self) -> dict[str, Any]:
         """Returns the repeats' medians, and the repeats."""
         measured = [repeat["measured"] for repeat in self.repeats]
-        predicted = statistics.median(repeat["predicted"] for repeat in self.repeats)
+        ratios = [repeat["predicted"] / repeat["measured"] for repeat in self.repeats]
         target = self.passes["target"]
         return {
             "name": f"{self.hierarchy.name} {self.rates}",
             "counts": True,
-            "predicted": predicted,
+            "predicted": statistics.median(repeat["predicted"] for repeat in self.repeats),
             "measured": statistics.median(measured),
             "low": min(measured),
             "high": max(measured),
-            "error": predicted / statistics.median(measured) - 1,
+            "error": statistics.median(ratios) - 1,
             "predicted_tokens_per_pass": self.predicted.tokens_per_pass,
             "tokens_per_pass": self.committed / target,
             "predicted_passes": dict(self.predicted.passes),
