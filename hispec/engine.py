@@ -31,6 +31,8 @@ import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from hispec.drafter import RANKS, SHOWN, Drafter
 from hispec.hierarchy import Hierarchy
 from hispec.model.level import Level
@@ -268,9 +270,9 @@ class Decoder:
         columns = level.runner.head.vocab_ids
         ranked = None
         if isinstance(found, tuple):  # the head went from states to its best ids
-            found = found[0].cpu(), found[1]  # sync: the tree grows on the host
-            picks = found[0][:, 0].tolist()
-            ranked = (found[0].tolist(), found[1].tolist()) if adapts else None  # sync: done by now
+            ids = found[0].tolist()  # sync: the tree grows on the host
+            picks = [row[0] for row in ids]
+            ranked = (ids, found[1].tolist()) if adapts else None  # sync: done by now
         elif judges:
             picks = self.picker.picks(found, positions, prefix, columns)
         elif adapts:
@@ -280,7 +282,10 @@ class Decoder:
             picks = self.picker.drafted(found, positions, prefix, columns)
         if judges:
             self.width = len(tree)
-            self.show(found)
+        if shows:
+            if not isinstance(found, tuple):
+                ids = top_k(found, min(SHOWN, found.shape[-1]))[1].tolist()  # sync: picks are here
+            self.show(ids)
         self.tally(level, len(tree) - first, visits, time.perf_counter() - started)
         return picks, ranked
 
@@ -337,16 +342,12 @@ class Decoder:
         self.tree.read()
         return self.tokens + self.tree.path(node)
 
-    def show(self, found: Found) -> None:
+    def show(self, top: Sequence[Sequence[int]]) -> None:
         """Lets the databases learn what the target holds likely, after rejected nodes too."""
-        if not self.drafter or not self.drafter.wants_top:
-            return
+        assert self.drafter, "somebody wants to know"
         tokens, parents = self.tree.tokens, self.tree.nodes.parents
         before = [self.tokens[-2], *(tokens[parent] for parent in parents[1:])]
-        if not isinstance(found, tuple):
-            found = top_k(found, min(SHOWN, found.shape[-1]))[::-1]
-        top = found[0].cpu().numpy()  # (N, SHOWN)  sync: unless the ids are here already
-        self.drafter.observe(tokens, top, before)
+        self.drafter.observe(tokens, np.array(top), before)  # (N, SHOWN)
 
     def keep(self, kept: Sequence[int]) -> None:
         """Rejects all nodes but ``kept``, in the tree and in what every level knows."""

@@ -24,7 +24,7 @@ from hispec.model.config import ModelConfig
 from hispec.model.linear import Layout, Linear
 from hispec.model.nodes import MAX_WIDTH, Nodes
 from hispec.model.passes import Asked, Rotary, Token
-from hispec.model.records import Table, shape_of, tree_of
+from hispec.model.records import Answers, Table, shape_of, tree_of
 from hispec.model.store import cache_dir
 from hispec_kernels import cpu
 
@@ -97,6 +97,7 @@ class NativePasses:
         self._store = getattr(library, f"store_rows_{kind}")
         self._move = getattr(library, f"move_slots_{kind}")
         self._scratch = torch.empty(0)
+        self._answers = Answers()
         # A cache's layers as the library wants them; the fp32 norms live as long as the table.
         self._tables: weakref.WeakKeyDictionary[KVCache, Table] = weakref.WeakKeyDictionary()
         self._norms: dict[int, tuple[Tensor, Tensor]] = {}
@@ -205,11 +206,11 @@ class NativePasses:
         """See :class:`~hispec.model.passes.Passes`."""
         if min(tokens) < 0 or max(tokens) >= linear.rows:
             raise IndexError(f"token ids must be in [0, {linear.rows - 1}]")
-        ids = np.array(tokens, np.int64)
+        ids = (ctypes.c_int64 * len(tokens))(*map(int, tokens))
         size = self._config.hidden_size
         out = states.data_ptr() + 4 * position * size
         step = {"tiles": 32, "pairs": 2}.get(linear.layout, size)
-        self._embed(linear.weight.data_ptr(), size, step, ids.ctypes.data, len(ids), out)
+        self._embed(linear.weight.data_ptr(), size, step, ids, len(ids), out)
 
     def store(self, projected: Tensor, position: int, kv: KVCache, layer: int) -> None:
         """See :class:`~hispec.model.passes.Passes`."""
@@ -273,8 +274,9 @@ class NativePasses:
         width, size = x.shape
         rows, threads = linear.rows, torch.get_num_threads()
         k = min(asked.k, rows)
-        x = x.to(torch.float32).contiguous()
-        found, odds = torch.empty(width, k, dtype=torch.int64), torch.empty(width, k)
+        if x.dtype != torch.float32 or not x.is_contiguous():
+            x = x.to(torch.float32).contiguous()
+        found, odds = self._answers[width, k]
         # Logits live in memory that is used again: fresh pages cost as much as finding the best.
         room = self._room(width * (rows + 2 + rows // 64) + threads * (width + 16) * size + 16)
         scratch = room + 4 * width * (rows + 2 + rows // 64)
@@ -325,7 +327,7 @@ class NativePasses:
         config, threads = self._config, torch.get_num_threads()
         width, columns = place.end - place.first, head.columns
         k = min(asked.k, columns)
-        found, odds = torch.empty(width, k, dtype=torch.int64), torch.empty(width, k)
+        found, odds = self._answers[width, k]
         kv = 2 * config.num_kv_heads * config.head_dim
         parts = (
             width * (columns + 2 + columns // 64),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from hispec.model.block import Block
@@ -84,3 +85,11 @@ class Table:
             values,
         )
         self._blocks[index] = block
+
+
+class Answers(dict[tuple[int, int], tuple[Tensor, Tensor]]):
+    """Memory for ids and odds, (W, k) each, by these sizes: the same each time."""
+
+    def __missing__(self, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        self[sizes] = torch.empty(sizes, dtype=torch.int64), torch.empty(sizes)
+        return self[sizes]
