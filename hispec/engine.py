@@ -300,7 +300,8 @@ class Decoder:
         found, positions, visits = self.pass_over(level, 1)
         name = level.counts.name
         if isinstance(found, tuple):
-            level.tip = tree.append_unread(found[0][0, 0], level.tip, name)
+            pick = found[0][0, 0].clone()  # what runs next may write there
+            level.tip = tree.append_unread(pick, level.tip, name)
         else:
             columns = level.runner.head.vocab_ids
             # sync: these logits have rules to be picked by, and the host has the rules

@@ -132,7 +132,7 @@ class LibraryPasses(GpuPasses):
 
         self.graphs.run(self._of_heads, key, work)
         picks = self._found[key] if ids is None else ids[self._found[key]]
-        return picks.clone(), torch.zeros_like(picks, dtype=torch.float32)
+        return picks, torch.zeros_like(picks, dtype=torch.float32)
 
 
 def fast_passes(model: Llama) -> list[Passes]:

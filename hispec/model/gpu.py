@@ -327,7 +327,7 @@ class GpuPasses(Embedding):
 
         self.graphs.run(self._of_heads, key, work)
         found, odds = latest[0] if latest else self._best[key]
-        return found[:width].clone(), odds[:width].clone()
+        return found[:width], odds[:width]
 
     def _rank(
         self,

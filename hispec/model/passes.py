@@ -163,8 +163,8 @@ class Passes(Protocol):
             ids: (V_r,) the columns' ids, or None where they are the columns.
 
         Returns:
-            ids (W, k) int64 and odds (W, k) fp32, which hold until the next call; None where this
-            is not done in one step.
+            ids (W, k) int64 and odds (W, k) fp32, which hold until anything else is run; None where
+            this is not done in one step.
         """
         ...
 

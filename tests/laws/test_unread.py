@@ -35,13 +35,13 @@ SAMPLINGS = {
 def unread(lm: LM | Separate) -> Iterator[list[int]]:
     """Inside, looking at what the model's passes find is put off; yields how much was, by pass."""
     passes, left = lm.model.narrow, []
-    embed = passes.embed
+    embed = passes.embed_into
 
-    def embedded(linear: Any, tokens: Any) -> torch.Tensor:
+    def embedded(linear: Any, tokens: Any, states: Any, position: int) -> None:
         left.append(sum(isinstance(token, torch.Tensor) for token in tokens))
-        return embed(linear, [int(token) for token in tokens])
+        embed(linear, [int(token) for token in tokens], states, position)
 
-    with mock.patch.multiple(passes, asynchronous=True, embed=embedded):
+    with mock.patch.multiple(passes, asynchronous=True, embed_into=embedded):
         yield left
 
 
