@@ -62,13 +62,22 @@ def choose(device: str = "auto", dtype: str = "auto") -> Choice:
     return Choice(place, chosen, f"{where}; dtype asked for")
 
 
-def upload(values: np.ndarray, device: torch.device) -> Tensor:
-    """Returns an array on the device; the host does not wait for work that runs there."""
+def upload(values: np.ndarray, device: torch.device, out: Tensor | None = None) -> Tensor:
+    """Returns an array on the device; the host does not wait for work that runs there.
+
+    Args:
+        values: the array.
+        device: where it goes.
+        out: there, of that shape and dtype: what to write it into instead of new memory.
+    """
     tensor = torch.from_numpy(values)
-    if device.type != "cuda":
-        return tensor.to(device)
-    # From pageable memory the copy would wait; pinned blocks are kept by torch until it is over.
-    return tensor.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda":
+        # From pageable memory the copy would wait; pinned blocks are kept by torch until it is
+        # over.
+        tensor = tensor.pin_memory()
+    if out is not None:
+        return out.copy_(tensor, non_blocking=True)
+    return tensor.to(device, non_blocking=True)
 
 
 def ids_on(device: torch.device, tokens: Sequence[int | Tensor]) -> Tensor:

@@ -143,7 +143,9 @@ class GpuPasses(Embedding):
         nodes: Nodes | None = None,
     ) -> Tensor:
         """See :class:`~hispec.model.passes.Passes`; at most ``MAX_WIDTH`` rows."""
-        return self._pass(blocks, x, position, kv, first, nodes).clone()
+        self._x[: len(x)].copy_(x)
+        self._pass(blocks, position, len(x), kv, first, nodes)
+        return self._x[: len(x)].clone()
 
     def lift(
         self,
@@ -156,37 +158,42 @@ class GpuPasses(Embedding):
         first: int,
         nodes: Nodes | None = None,
     ) -> None:
-        """See :class:`~hispec.model.passes.Passes`."""
-        rows = slice(position, position + width)
-        target[rows] = self._pass(blocks, source[rows], position, kv, first, nodes)
+        """See :class:`~hispec.model.passes.Passes`; the graph itself moves the states."""
+        self._pass(blocks, position, width, kv, first, nodes, (source, target))
 
     def _pass(
         self,
         blocks: Sequence[Block],
-        x: Tensor,
         position: int,
+        width: int,
         kv: KVCache,
         first: int,
         nodes: Nodes | None,
-    ) -> Tensor:
-        """Does :meth:`run`; the result lies where the next pass will work."""
-        width = x.shape[0]
+        states: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Runs blocks over the rows of ``x``, or from one boundary's states to another's."""
+        from hispec_kernels.gpu.rows import load_rows, store_rows
+
         tree = nodes is not None and not nodes.straight(position + width - nodes.root)
         self._send_plan(position, width, nodes if tree else None)
-        self._x[:width].copy_(x)
         rows = self._rows(width)
         needed = -(-(position + width) // 128)
         splits = min(_bucket(needed), kv.keys[0].shape[1] // 128)
 
-        def work(whole: bool) -> None:
-            if whole:
-                self._run_blocks(blocks, kv, first, rows, rows, splits, tree)
-            else:
-                self._run_blocks(blocks, kv, first, rows, width, needed, tree)
+        x, plan = self._x[:rows], self._plan
 
+        def work(whole: bool) -> None:
+            started = rows if whole else width
+            if states:
+                load_rows(states[0], plan, x, rows=started)
+            self._run_blocks(blocks, kv, first, rows, started, splits if whole else needed, tree)
+            if states:
+                store_rows(x, plan, states[1], rows=started)
+
+        # Boundaries' states live as long as their cache.
+        places = tuple(y.data_ptr() for y in states or ())
         known = self._of_cache.setdefault(kv, {})
-        self.graphs.run(known, (blocks[0], first, len(blocks), rows, splits, tree), work)
-        return self._x[:width]
+        self.graphs.run(known, (blocks[0], first, len(blocks), rows, splits, tree, *places), work)
 
     def _run_blocks(
         self,
@@ -246,7 +253,7 @@ class GpuPasses(Embedding):
         if nodes is not None:
             plan[4 : 4 + MAX_WIDTH] = nodes.depths_array
             plan[4 + MAX_WIDTH :] = nodes.paths_array.ravel()
-        self._plan[:length].copy_(upload(plan, self._device))
+        upload(plan, self._device, self._plan[:length])
 
     def probe(self, block: Block) -> None:
         """Builds the kernels of a pass and runs them once: one row of zeros, a tree, two tiles."""
@@ -315,7 +322,7 @@ class GpuPasses(Embedding):
         self._temperature.fill_(temperature)
         if seed is not None:
             noise = np.array([seeded_state(seed), *positions], np.int64)
-            self._sampling[: 1 + width].copy_(upload(noise, self._device))
+            upload(noise, self._device, self._sampling[: 1 + width])
         key = (linear, norm, ids, rows, k, seed is not None)
         latest: list[tuple[Tensor, Tensor]] = []
 

@@ -23,7 +23,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hispec_kernels.gpu import (
-    attention, compact, exit_head, follow, noise, products, rms_norm, rope, top_k
+    attention, compact, exit_head, follow, noise, products, rms_norm, rope, rows as copies, top_k
 )
 
 B, F, I, L, i = "*bf16", "*fp32", "*i32", "*i64", "i32"
@@ -78,6 +78,8 @@ for capability, room in ((90, 227 << 10), (80, 163 << 10), (89, 99 << 10)):
         assert shared <= room, (capability, rows, shared)
 build(rms_norm._add_rms_norm, (F, F, B, B, I, i, "fp32"), ADD=True, BLOCK=4096, warps=16)
 build(rope._rope_write, (F, F, F, B, B, B, I, i, i, i), SIZE=128, HALF=64, HEADS=8)
+for load in (True, False):
+    build(copies._copy_rows, (F, F, I, i), LOAD=load, BLOCK=1024)
 for kind, size, group in ((B, 128, 4), ("*fp16", 64, 3), (F, 128, 8), (B, 256, 1)):
     types = (kind, kind, kind, I, F, F, F, "fp32", i, i, i)
     sizes = dict(ROWS=16, SIZE=size, BLOCK=size)

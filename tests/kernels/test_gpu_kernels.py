@@ -36,6 +36,7 @@ from hispec_kernels.gpu.follow import follow
 from hispec_kernels.gpu.products import gated_product, product
 from hispec_kernels.gpu.rms_norm import add_rms_norm
 from hispec_kernels.gpu.rope import rope_write
+from hispec_kernels.gpu.rows import load_rows, store_rows
 from hispec_kernels.rope import rotate
 
 
@@ -292,6 +293,20 @@ def test_follow(seed: int) -> None:
     wanted, token = reference_follow(*arrays)
     path, end = follow(*(x.to(DEVICE) for x in arrays))
     assert (path[: int(end[0])].tolist(), int(end[1])) == (wanted.tolist(), int(token))
+
+
+@pytest.mark.parametrize("size", [1, 33, 576, 1500])
+@pytest.mark.parametrize("width", [1, 3, 16])
+def test_rows_between_states_and_a_pass(size: int, width: int) -> None:
+    slot, states, x = 40, noise(64, size), noise(16, size)
+    plan = torch.tensor([slot, width], dtype=torch.int32, device=DEVICE)
+    wanted = torch.cat([states[slot : slot + width], x[width:]])
+    load_rows(states, plan, x)
+    assert torch.equal(x, wanted)
+    before, rows = states.clone(), noise(16, size)
+    before[slot : slot + width] = rows[:width]
+    store_rows(rows, plan, states, rows=width)
+    assert torch.equal(states, before)
 
 
 @pytest.mark.parametrize(("kept", "real"), [((0, 2, 3, 5, 6), 5), ((0, 1, 4), 3), ((0, 9), 1)])
