@@ -180,6 +180,24 @@ class Cases:
             read + h[:n].nbytes + (2 * x[:n].nbytes if add else 0),
         )
 
+    def copy_rows(self, *, load: bool) -> Trial:
+        """States from a boundary's slots into a pass's rows, or back."""
+        from hispec_kernels.gpu.rows import load_rows, store_rows
+
+        size, n, at = self.config.hidden_size, self.width, self.context
+        fp32, moved = torch.float32, 2 * 4 * self.width * self.config.hidden_size
+        if load:
+            states, x = (
+                self.noise(at + n, size, dtype=fp32),
+                self.poison(self.rows, size, dtype=fp32),
+            )
+            run = partial(load_rows, states, self.plan, x, rows=n)
+            return Trial(run, lambda: x[:n], lambda: states[at : at + n], moved, exact=True)
+        states = self.poison(at + n, size, dtype=fp32)
+        x = self.noise(self.rows, size, dtype=fp32)
+        run = partial(store_rows, x, self.plan, states, rows=n)
+        return Trial(run, lambda: states[at : at + n], lambda: x[:n], moved, exact=True)
+
     def rope_write(self, *, tree: bool = False) -> Trial:
         """The rotation of queries and keys, and where keys and values go."""
         from hispec_kernels.gpu.rope import rope_write
@@ -276,6 +294,8 @@ class Cases:
         yield "product down + x", self.residual_product
         yield "rms_norm", self.add_rms_norm
         yield "add_rms_norm", partial(self.add_rms_norm, add=True)
+        yield "load_rows", partial(self.copy_rows, load=True)
+        yield "store_rows", partial(self.copy_rows, load=False)
         yield "rope_write", self.rope_write
         yield "attention", self.attention
         if self.width == 1:
