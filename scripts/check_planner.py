@@ -205,7 +205,7 @@ class _Run:
         self.predicted, self.costs = wanted, costs
 
     def row(self) -> dict[str, Any]:
-        """Returns the repeats' medians, and the repeats."""
+        """Returns the repeats' medians, each column's its own, and the repeats."""
         measured = [repeat["measured"] for repeat in self.repeats]
         ratios = [repeat["predicted"] / repeat["measured"] for repeat in self.repeats]
         target = self.passes["target"]

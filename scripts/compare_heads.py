@@ -101,7 +101,7 @@ def judged(args: argparse.Namespace, kind: str, folder: Path) -> dict[str, Any]:
         "top1": table["top1"],
         "at_root": table["by_offset"][0],
         "draft_ms": 1e3 * costs.pass_s(f"exit {args.exit}", 0, 1),
-        "round_ms": 1e3 * costs.round_s.get(f"exit {args.exit}", 0.0),
+        "round_ms": 1e3 * costs.first_s(f"exit {args.exit}", 0),
         "plain_ms": 1e3 * costs.plain_s,
         "window": window,
         "tok_per_ms": rate,

@@ -164,6 +164,8 @@ class Picks(Cases):
     def step(self) -> Iterator[tuple[str, int, Callable[[], Trial]]]:
         """Yields the kernels of a plain step: name, how often it runs, what makes a trial of it."""
         layers, sizes = self.config.num_layers, self.matrices()
+        yield "load_rows", 1, partial(self.copy_rows, load=True)
+        yield "store_rows", 1, partial(self.copy_rows, load=False)
         yield "rms_norm", layers + 1, self.add_rms_norm
         yield "product qkv", layers, partial(self.product, *sizes["qkv"])
         yield "rope_write", layers, self.rope_write

@@ -21,6 +21,7 @@ from hispec.model.gpu import GpuPasses, gpu_passes
 from hispec.model.linear import Linear
 from hispec.model.llama import Llama, weight_bytes
 from hispec.model.passes import Asked, Passes
+from hispec.planner.timing import run_rows
 
 #: name → V, D, I, L, H, H_kv, D_h, tied, distinct layers
 SHAPES = {
@@ -90,7 +91,8 @@ class Steps:
 
     def __init__(self, model: Llama, context: int, repeats: int) -> None:
         self.model, self.context, self.repeats = model, context, repeats
-        self._kv = model.new_cache([model.config.num_layers]).kv
+        self._cache = model.new_cache([model.config.num_layers])
+        self._kv = self._cache.kv
         self._kv.storage.normal_(std=0.5)
 
     def ms(self, width: int, start: int, stop: int, *, head: bool) -> float:
@@ -131,7 +133,7 @@ class Steps:
     def _step(self) -> None:
         """What the engine asks of a model for a token of plain decoding."""
         model, layers = self.model, self.model.config.num_layers
-        states = model.run_layers(model.embed([1]), 0, layers, self.context, self._kv)
+        states = run_rows(model, self._cache, layers, self.context, 1)
         asked = Asked(SHOWN, 1.0, None, [self.context + 1], odds=False)
         best = model.narrow.best(model.head, states, model.norm, asked, None)
         found = model.logits(states).argmax(-1) if best is None else best[0]

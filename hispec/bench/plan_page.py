@@ -109,7 +109,8 @@ def graph(hierarchy: Hierarchy, costs: CostTable, acceptance: Acceptance) -> str
         colour = {"databases": "source0"}.get(name) or charts.level_class(name, names[1:-1])
         note = f"{1e3 * costs.ask_s:.2f} ms a round"
         if name != "databases":
-            few, more = (1e3 * costs.pass_s(name, 0, rows) for rows in (1, 8))
+            first = costs.first_s(name, 0)
+            few, more = (1e3 * (first + costs.pass_s(name, 0, rows)) for rows in (1, 8))
             note = f"{few:.1f} to {more:.1f} ms"
         boxes += (
             f'<rect class="{colour} {kind}" x="{left:.0f}" y="{TOP}" width="{NODE}" height="46" '

@@ -83,7 +83,7 @@ class ExitHead(Protocol):
         ...
 
     def best(self, cache: Cache, first: int, nodes: Nodes, asked: Asked) -> Found:
-        """Returns each row's best ids and their odds, (T, k) each, best first.
+        """Returns each row's best ids and their odds, (T, k) each, best first, until anything runs.
 
         Where the passes do not go from states to ids in one step, what :meth:`logits` returns.
         """

@@ -12,7 +12,8 @@ A row's bits do not depend on its company: :mod:`hispec_kernels.gpu` says why. S
 between calls, so that stopping at an exit and going on rounds nothing.
 
 Graphs are captured for a cache, a range of layers, a width bucket (16 or 32 rows), a length bucket
-(a power of two of splits) and for chains or trees; see :mod:`hispec.model.graphs`.
+(a power of two of splits), for chains or trees, and the boundaries they lift states between; see
+:mod:`hispec.model.graphs`.
 """
 
 from __future__ import annotations
@@ -264,6 +265,8 @@ class GpuPasses(Embedding):
         self.run([block], self._x[:1], 0, kv, 0)
         self.run([block], self._x[:3], 0, kv, 0, nodes)
         self.run([block], self._x[:17], 0, kv, 0)
+        states = torch.zeros(2, config.hidden_size, device=self._device)
+        self.lift([block], states, states, 0, 1, kv, 0)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 

@@ -67,7 +67,8 @@ class Level(Protocol):
 
         Returns:
             Logits after the slots ``first`` … ``end - 1``, (T, V) or (T, V_r), and the visits.
-            Where the head finds what is asked by itself, ids and odds instead, (T, k) each.
+            Where the head finds what is asked by itself, ids and odds instead, (T, k) each, which
+            hold until anything else is run.
         """
         ...
 

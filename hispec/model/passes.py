@@ -104,7 +104,7 @@ class Passes(Protocol):
 
         Args:
             blocks: as there.
-            source: (S, D) states by slot, of ``state_dtype``.
+            source: (S, D) states by slot, of the dtype that the cache keeps them in.
             target: likewise, where the blocks' go; may be ``source``.
             position: slot of the first row.
             width: W.

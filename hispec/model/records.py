@@ -91,5 +91,5 @@ class Answers(dict[tuple[int, int], tuple[Tensor, Tensor]]):
     """Memory for ids and odds, (W, k) each, by these sizes: the same each time."""
 
     def __missing__(self, sizes: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        self[sizes] = torch.empty(sizes, dtype=torch.int64), torch.empty(sizes)
+        self[sizes] = torch.empty(sizes, dtype=torch.int64), torch.empty(sizes, dtype=torch.float32)
         return self[sizes]

@@ -29,7 +29,7 @@ from hispec.planner.timing import (
     head_alone,
     in_turn,
     plain_pass,
-    row_states,
+    run_rows,
     untimed,
 )
 
@@ -58,7 +58,7 @@ def cost_table(
     """
     context = fitting(model, context)
     passes = remembered(
-        "passes", model, lambda: measure(model, context), f"{context}|{WIDTHS}", anew=anew
+        "passes", model, lambda: measure(model, context), f"{context}|{WIDTHS}|as run", anew=anew
     )
     short, layers = passes["short"], model.config.num_layers
     scatter = [spread for row in ("few", "all", "head") for _, spread in passes[row]]
@@ -75,7 +75,7 @@ def cost_table(
     for exit_layer in sorted(heads):
         name = f"exit {exit_layer}"
         own = partial(measure_head, model, heads[exit_layer], exit_layer, context)
-        key = f"{label}|{exit_layer}|{context}|{HEAD_WIDTHS}|{REPEATS}|again"
+        key = f"{label}|{exit_layer}|{context}|{HEAD_WIDTHS}|{REPEATS}|as run"
         found = remembered("heads", model, own, key, anew=anew) if label else own()
         heads_s[name] = filled(
             {width: times[0] for width, times in zip(HEAD_WIDTHS, found["rows"], strict=True)}
@@ -83,9 +83,9 @@ def cost_table(
         round_s[name] = max(found["root"][0][0] - at(heads_s[name], 1), 0.0)
         depths[name] = exit_layer
         # Layers and head together, as the caches hold less of both than of either alone.
-        cold = call[1] + exit_layer * layer[1] if exit_layer else 0.0
-        kept = cold + at(heads_s[name], 1) - found["again"][0][0]
-        kept_s[name] = min(max(kept / max(exit_layer, 1), 0.0), layer[1])
+        surcharge = found["first"][0][0] - found["again"][0][0]
+        kept = (surcharge - round_s[name]) / max(exit_layer, 1)
+        kept_s[name] = min(max(kept, 0.0), layer[1])
     return CostTable(
         {**depths, TARGET: layers},
         call,
@@ -111,20 +111,23 @@ def measure(model: Llama, context: int) -> dict[str, int | list[Times]]:
     """
     layers = model.config.num_layers
     short = max(1, layers // 8)
-    rows = row_states(model, MAX_WIDTH)
     with torch.inference_mode():
-        kv = model.new_cache([layers], context + MAX_WIDTH).kv
+        positions = context + MAX_WIDTH
+        whole = model.new_cache([layers], positions)
+        part = model.new_cache([short, layers], positions) if short < layers else whole
+        states = run_rows(model, whole, layers, context, MAX_WIDTH)
 
         def through(count: int, width: int) -> float:
-            states = model.run_layers(rows[:width], 0, count, context, kv)
-            return float(states[0, 0])  # sync: the pass is over
+            cache = whole if count == layers else part
+            found = run_rows(model, cache, count, context, width)
+            return float(found[0, 0])  # sync: the pass is over
 
         tasks: dict[tuple[str, int], Callable[[], float]] = {}
         for width in WIDTHS:
             tasks["all", width] = partial(through, layers, width)
             tasks["few", width] = partial(through, short, width)
-            tasks["head", width] = partial(head_alone, model, rows[:width])
-        before = partial(plain_pass, model, context, kv)
+            tasks["head", width] = partial(head_alone, model, states[:width])
+        before = partial(plain_pass, model, context, whole)
         times = in_turn(tasks, lambda _: before(), REPEATS, PATIENCE_S, untimed=untimed(model))
     found = {row: [times[row, width] for width in WIDTHS] for row in ("few", "all", "head")}
     return {"short": short, **found}
@@ -136,8 +139,9 @@ def measure_head(
     """Returns seconds of an exit's head over ``HEAD_WIDTHS`` rows, and over one at a new root.
 
     At a new root the target's weights have just gone through the caches, and the head's come from
-    memory. A head that drafts on finds there what they hold of it from the row before; so do the
-    exit's layers, which ``again`` times with it, over one row.
+    memory. A head that drafts on finds there what they hold of it from the row before. So do the
+    exit's layers: ``first`` and ``again`` are both together, over one row, at a new root and as it
+    drafts on.
     """
     layers = model.config.num_layers
     with torch.inference_mode():
@@ -150,20 +154,20 @@ def measure_head(
             ("rows", width): partial(picked, width, context) for width in HEAD_WIDTHS
         }
         tasks["root", 1] = partial(picked, 1, context - CAUGHT_UP)
-        states = row_states(model, 1)
 
-        def again() -> float:
-            model.run_layers(states, 0, exit_layer, context, cache.kv)
-            return picked(1, context)
+        def drafts(known: int) -> float:
+            run_rows(model, cache, exit_layer, context, 1)
+            return picked(1, known)
 
-        tasks["again", 1] = again
+        tasks["first", 1] = partial(drafts, context - CAUGHT_UP)
+        tasks["again", 1] = partial(drafts, context)
 
         def before(task: tuple[str, int]) -> None:
-            plain_pass(model, context, cache.kv)
-            if task[0] != "root":
+            plain_pass(model, context, cache)
+            if task[0] in ("rows", "again"):
                 tasks[task]()
 
         times = in_turn(tasks, before, REPEATS, PATIENCE_S, untimed=untimed(model))
         head.truncate(0)
-    found = {name: [times[name, 1]] for name in ("root", "again")}
+    found = {name: [times[name, 1]] for name in ("root", "first", "again")}
     return {"rows": [times["rows", width] for width in HEAD_WIDTHS], **found}

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from hispec.model.cache import KVCache
+from hispec.model.cache import Cache
 from hispec.model.exits import ExitHead
 from hispec.model.llama import Llama
 from hispec.model.measured import remembered
@@ -28,7 +28,7 @@ from hispec.planner.timing import (
     fitting,
     in_turn,
     plain_pass,
-    row_states,
+    run_rows,
     untimed,
 )
 
@@ -86,14 +86,13 @@ def level_cost(
     def measure() -> float:
         context = fitting(model, CONTEXT)
         cache = model.new_cache([exit_layer, model.config.num_layers], context + MAX_WIDTH)
-        rows = row_states(model, LEVEL_ROWS)
 
         def first_pass() -> float:
-            model.run_layers(rows, 0, exit_layer, context, cache.kv)
+            run_rows(model, cache, exit_layer, context, LEVEL_ROWS)
             return drafted(head, cache, context, LEVEL_ROWS, context - CAUGHT_UP)
 
         with torch.inference_mode():
-            ratio = _beside_plain(model, context, cache.kv, first_pass)
+            ratio = _beside_plain(model, context, cache, first_pass)
             head.truncate(0)
         return ratio
 
@@ -113,11 +112,11 @@ def model_cost(model: Llama, other: Llama, *, anew: bool = False) -> float:
 
     def measure() -> float:
         context = min(fitting(model, CONTEXT), fitting(other, CONTEXT))
-        kv = model.new_cache([model.config.num_layers], context + MAX_WIDTH).kv
-        apart = other.new_cache([other.config.num_layers], context + MAX_WIDTH).kv
+        cache = model.new_cache([model.config.num_layers], context + MAX_WIDTH)
+        apart = other.new_cache([other.config.num_layers], context + MAX_WIDTH)
         run = partial(plain_pass, other, context, apart, LEVEL_ROWS)
         with torch.inference_mode():
-            return _beside_plain(model, context, kv, run)
+            return _beside_plain(model, context, cache, run)
 
     detail = f"{other.config}|{other.dtype}"
     return float(remembered("levels", model, measure, detail, anew=anew))
@@ -126,8 +125,8 @@ def model_cost(model: Llama, other: Llama, *, anew: bool = False) -> float:
 def _whole_passes(model: Llama) -> list[float]:
     context = fitting(model, CONTEXT)
     with torch.inference_mode():
-        kv = model.new_cache([model.config.num_layers], context + MAX_WIDTH).kv
-        tasks = {width: partial(plain_pass, model, context, kv, width) for width in WIDTHS}
+        cache = model.new_cache([model.config.num_layers], context + MAX_WIDTH)
+        tasks = {width: partial(plain_pass, model, context, cache, width) for width in WIDTHS}
         # Each pass drives what the one before has left out of the caches.
         times = in_turn(
             *(tasks, lambda _: None, REPEATS, PATIENCE_S),
@@ -138,9 +137,9 @@ def _whole_passes(model: Llama) -> list[float]:
     return [time / seconds[1] for time in seconds]
 
 
-def _beside_plain(model: Llama, context: int, kv: KVCache, task: Callable[[], float]) -> float:
+def _beside_plain(model: Llama, context: int, cache: Cache, task: Callable[[], float]) -> float:
     """Returns the time of a task right after a plain pass, relative to that pass."""
-    plain = partial(plain_pass, model, context, kv)
+    plain = partial(plain_pass, model, context, cache)
     tasks: dict[str, Callable[[], float]] = {"plain": plain, "task": task}
     times = in_turn(tasks, lambda _: None, REPEATS, PATIENCE_S, untimed=untimed(model))
     return times["task"][0] / times["plain"][0]

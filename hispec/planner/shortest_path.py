@@ -28,8 +28,8 @@ the exit below a separate model, which shares none). Ways into one state differ 
 minimum over them is exact, and the result equals that of trying every chain, which
 :func:`chain_latency` makes possible.
 
-What a head does once for a root is charged once a window, which is too often below a level that
-gathers several; :mod:`hispec.planner.simulator` counts it right.
+What an exit's first step of a round takes more is charged once a window, which is too often below a
+level that gathers several; :mod:`hispec.planner.simulator` counts it right.
 
 What has no chain's closed form, trees and ranking exits, is forecast by replaying answers
 (:mod:`hispec.planner.replay`) and enters as an edge straight to the target.

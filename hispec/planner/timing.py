@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 
 from hispec.drafter import RANKS, SHOWN
-from hispec.model.cache import Cache, KVCache
+from hispec.model.cache import Cache
 from hispec.model.exits import ExitHead
 from hispec.model.llama import Llama
 from hispec.model.nodes import MAX_WIDTH, Nodes
@@ -42,16 +42,20 @@ def fitting(model: Llama, context: int) -> int:
     return max(min(context, model.config.max_positions - MAX_WIDTH), 2)
 
 
-def row_states(model: Llama, rows: int) -> torch.Tensor:
-    """Returns (rows, D) states to run layers on; it does not matter to their time which."""
-    width, dtype = model.config.hidden_size, model.narrow.state_dtype
-    return torch.zeros(rows, width, dtype=dtype, device=model.device)
+def run_rows(model: Llama, cache: Cache, boundary: int, context: int, rows: int) -> torch.Tensor:
+    """Runs rows from ``context`` on up to a boundary, as decoding does; which ids does not matter.
+
+    Returns:
+        Their states there, (rows, D).
+    """
+    cache.computed.update(dict.fromkeys(cache.boundaries, context))
+    model.advance(cache, [0] * (context + rows), context + rows, boundary)
+    return cache.states[boundary][context : context + rows]
 
 
-def plain_pass(model: Llama, context: int, kv: KVCache, rows: int = 1) -> float:
+def plain_pass(model: Llama, context: int, cache: Cache, rows: int = 1) -> float:
     """Runs a pass over all layers and the head, so that every weight goes through the caches."""
-    layers = model.config.num_layers
-    return head_alone(model, model.run_layers(row_states(model, rows), 0, layers, context, kv))
+    return head_alone(model, run_rows(model, cache, cache.boundaries[-1], context, rows))
 
 
 def head_alone(model: Llama, states: torch.Tensor) -> float:

@@ -51,6 +51,29 @@ def test_a_graph_serves_its_whole_bucket(fp32: Llama) -> None:
 
 
 @torch.inference_mode()
+def test_a_graph_moves_the_states_of_its_own_boundaries(fp32: Llama) -> None:
+    """Texts take turns, in caches of their own and with other boundaries."""
+    passes, texts = fp32.narrow, ([3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9])
+    assert isinstance(passes, GpuPasses)
+
+    def everything() -> list[Tensor]:
+        caches = [fp32.new_cache(boundaries) for boundaries in ([1, 3], [1, 3], [3])]
+        for upto in range(1, 6):
+            for cache, tokens in zip(caches, texts, strict=True):
+                for boundary in cache.boundaries:
+                    fp32.advance(cache, tokens, upto, boundary)
+        return [cache.states[b][:5] for cache in caches for b in cache.boundaries]
+
+    with passes.graphs.kernel_by_kernel():
+        wanted = everything()
+    with mock.patch.object(passes.graphs, "on", True), replaying() as captured:
+        found = everything()
+    assert len(captured) == 5  # a range of layers and two boundaries each
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+    assert not torch.equal(wanted[0], wanted[2]) and not torch.equal(wanted[1], wanted[4])
+
+
+@torch.inference_mode()
 def test_ids_that_a_graph_leaves_are_not_mixed_up_with_others(fp32: Llama) -> None:
     """A run kernel by kernel, or over another table of ids, has results of its own."""
     passes, x = fp32.narrow, random_rows(1)

@@ -5,8 +5,11 @@ import torch
 from training.exit_setup import make_cache, make_exits
 
 from hispec.errors import UsageError
+from hispec.hierarchy import MAX_WIDTH
 from hispec.model.checkpoint import open_checkpoint
+from hispec.planner.cost_table import TARGET, CostTable
 from hispec_training.batches import collate, fixed_roots
+from hispec_training.evaluate import ROUND, tokens_per_ms
 from hispec_training.exit_block import Norm, attend
 from hispec_training.export import TrainedExits, load_into
 from hispec_training.heads import ExitHead, HeadSpec, frequent_tokens
@@ -246,3 +249,22 @@ def test_a_new_exit_starts_from_the_nearest(checkpoint, tmp_path):
             assert distance(head.proj.weight + 0.05 * noise) > best
     with pytest.raises(UsageError, match="none at layer 1"):
         load_into(fresh, saved)
+
+
+def test_a_round_s_first_draft_is_charged_in_full() -> None:
+    """What caches keep of an exit's layers helps from the second draft of a round on."""
+    wide = MAX_WIDTH + 1
+    cold = CostTable(
+        {"exit 2": 2, TARGET: 8},
+        [0.0] * wide,
+        [0.001] * wide,
+        {name: [0.002] * wide for name in ("exit 2", TARGET)},
+        {"exit 2": 0.001},
+    )
+    kept = replace(cold, kept_s={"exit 2": 0.0005})
+    once = [0.6] + [0.6] * (ROUND - 1)  # nothing behind the first place ever stands
+    assert tokens_per_ms(once, cold, 2) == tokens_per_ms(once, kept, 2)
+    assert tokens_per_ms(once, cold, 2) == (pytest.approx(1.6 / (4 + 1 + 10)), 1)
+    long = [float(place) for place in range(1, ROUND + 1)]
+    (slow, _), (fast, window) = (tokens_per_ms(long, x, 2) for x in (cold, kept))
+    assert window == ROUND and fast > slow

@@ -94,6 +94,29 @@ def test_measured_once_and_remembered(
         costs.cost_table(lm.model, heads, 64, "other exits")
 
 
+def test_what_the_caches_keep_is_what_a_first_draft_takes_more(
+    tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = open_lm(save_model(tmp_path / "llama", "gqa"))
+
+    def found(first: float, again: float) -> CostTable:
+        row = [(2.0 + width, 0.1) for width in timing.WIDTHS]
+        passes = {"few": row, "all": [(3 * x, y) for x, y in row], "head": row, "short": 1}
+        head = {"rows": [(1.0, 0.1)] * len(costs.HEAD_WIDTHS), "root": [(1.5, 0.1)]}
+        head |= {"first": [(first, 0.1)], "again": [(again, 0.1)]}
+        monkeypatch.setattr(costs, "measure", lambda *_: passes)
+        monkeypatch.setattr(costs, "measure_head", lambda *_: head)
+        return costs.cost_table(lm.model, {2: lm.head(2)}, 64, anew=True)
+
+    assert found(5.5, 4.0).layer_s[1] == pytest.approx(1.2)
+    for first, again, kept in ((5.5, 4.0, 0.5), (4.0, 4.0, 0.0), (9.0, 1.0, 1.2)):
+        made = found(first, again)
+        assert made.round_s["exit 2"] == 0.5
+        assert made.kept_s["exit 2"] == pytest.approx(kept), "of each of two layers, within bounds"
+        if 0 < kept < 1:
+            assert made.first_s("exit 2", 0) == pytest.approx(first - again)
+
+
 def test_first_prices_wait_for_nothing_but_a_second(
     tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,18 @@ def test_one_exit_in_closed_form(window: int, rate: float) -> None:
     assert found.rows == pytest.approx(window + 1)
     latency = chain_latency((("exit 4", window),), COSTS, table(rate, 0, 0))
     assert found.latency_s == pytest.approx(latency)
+
+
+def test_exits_that_run_once_a_round_find_nothing_in_the_caches() -> None:
+    acceptance, cold = table(0.6, 0.7, 0.8), replace(COSTS, kept_s={})
+    for chain in ((("exit 4", 1),), (("exit 4", 1), ("exit 8", 1))):
+        found, wanted = (forecast(chain, x, acceptance).latency_s for x in (COSTS, cold))
+        assert found == pytest.approx(wanted)
+    again = (("exit 4", 3),)
+    saved = forecast(again, cold, acceptance), forecast(again, COSTS, acceptance)
+    assert (saved[0].latency_s - saved[1].latency_s) * saved[0].tokens_per_pass == pytest.approx(
+        2 * 4 * COSTS.kept_s["exit 4"]
+    )
 
 
 def test_nothing_below_is_plain_decoding() -> None:

@@ -80,7 +80,7 @@ def tokens_per_ms(runs: Sequence[float], costs: CostTable, exit_layer: int) -> t
     name = f"exit {exit_layer}"
     rates = {}
     for window, run in enumerate(runs, 1):
-        drafting = window * costs.pass_s(name, 0, 1) + costs.round_s.get(name, 0.0)
+        drafting = window * costs.pass_s(name, 0, 1) + costs.first_s(name, 0)
         seconds = drafting + costs.pass_s(TARGET, exit_layer, window + 1)
         rates[window] = (1 + run) / seconds / 1e3
     best = max(rates, key=lambda window: rates[window])
