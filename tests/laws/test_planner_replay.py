@@ -89,7 +89,7 @@ def test_layers_are_cheaper_from_an_exit_s_second_pass_of_a_round_on(known) -> N
         again = before.passes[f"exit {exit_layer}"] - before.passes["target"]
         assert again > 1
         # In the last round there is room for fewer drafts, perhaps for none.
-        assert saved == pytest.approx(exit_layer * again, abs=exit_layer)
+        assert saved == pytest.approx(exit_layer * again, abs=exit_layer + 1e-6)
 
 
 def test_rates_are_what_the_engine_counts(known) -> None:
