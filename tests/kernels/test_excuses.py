@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 from helpers import builds
 
-NO_AMX = "the kernel does not grant AMX registers"
+CLAIMS = {
+    "no C compiler (cc or gcc) is installed": "has_compiler",
+    "this torch does not use GNU OpenMP": "has_gnu_openmp",
+    "the kernel does not grant AMX registers": "kernel_grants_amx",
+}
 
 
-@pytest.mark.parametrize(
-    ("reason", "granted", "outcome"),
-    [
-        ("no C compiler (cc or gcc) is installed", False, pytest.skip.Exception),
-        (NO_AMX, False, pytest.skip.Exception),
-        (NO_AMX, True, pytest.fail.Exception),
-        ("cc failed: error: expected ';'", False, pytest.fail.Exception),
-    ],
-)
-def test_whose_fault_it_is(
-    reason: str, granted: bool, outcome: type[BaseException], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("reason", CLAIMS)
+def test_an_excuse_holds_where_the_machine_confirms_it(
+    reason: str, there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(builds, "kernel_grants_amx", lambda: granted)
-    with pytest.raises(outcome):
+    monkeypatch.setattr(builds, CLAIMS[reason], lambda: there)
+    with pytest.raises(pytest.fail.Exception if there else pytest.skip.Exception):
         builds.skip_or_fail(reason)
+
+
+def test_code_that_does_not_compile_is_no_excuse() -> None:
+    with pytest.raises(pytest.fail.Exception):
+        builds.skip_or_fail("cc failed: error: expected ';'")
+
+
+def test_compilers_are_found_where_the_path_leads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not builds.has_compiler()
+    (tmp_path / "gcc").touch(mode=0o755)
+    assert builds.has_compiler()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own list of what is loaded")
+def test_openmp_is_seen_where_it_is_loaded_and_only_there() -> None:
+    code = (
+        "import importlib.util as u, sys; s = u.spec_from_file_location('b', sys.argv[1]);"
+        "m = u.module_from_spec(s); s.loader.exec_module(m); before = m.has_gnu_openmp();"
+        "import torch; print(before, m.has_gnu_openmp(), 'GNU' if list(__import__('pathlib')"
+        ".Path(torch.__file__).parent.glob('lib/libgomp*')) else 'other')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, builds.__file__], capture_output=True, text=True, check=True
+    )
+    before, after, kind = done.stdout.split()
+    assert before == "False", "nobody has loaded it yet"
+    assert after == "True" or kind == "other"

@@ -13,6 +13,10 @@ import hispec
 from hispec.errors import CheckpointError, HispecError, UsageError
 
 ROOT = Path(__file__).parents[2]
+#: What results are kept in.
+RESULTS = {".json", ".jsonl", ".md", ".txt"}
+#: A path from the root that is somebody's own.
+FOLDER = re.compile(r'[\s"=:]/(?:root|home|work|Users|tmp|mnt)/[^\s",]*')
 
 
 def run(*command: str, **kwargs) -> subprocess.CompletedProcess[str]:
@@ -104,3 +108,10 @@ def test_missing_python_is_one_sentence(script: str, tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
     assert "Python 3.10 or newer is missing" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_results_name_no_folder_of_the_machine_they_come_from() -> None:
+    texts = [x for x in (ROOT / "scripts/results").rglob("*") if x.suffix in RESULTS]
+    assert len(texts) > 50
+    found = [(x, match[0]) for x in texts for match in FOLDER.finditer(x.read_text())]
+    assert not found
