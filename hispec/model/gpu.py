@@ -152,7 +152,7 @@ class GpuPasses(Embedding):
         self,
         blocks: Sequence[Block],
         source: Tensor,
-        target: Tensor,
+        targets: Sequence[tuple[int, Tensor]],
         position: int,
         width: int,
         kv: KVCache,
@@ -160,7 +160,7 @@ class GpuPasses(Embedding):
         nodes: Nodes | None = None,
     ) -> None:
         """See :class:`~hispec.model.passes.Passes`; the graph itself moves the states."""
-        self._pass(blocks, position, width, kv, first, nodes, (source, target))
+        self._pass(blocks, position, width, kv, first, nodes, source, targets)
 
     def _pass(
         self,
@@ -170,9 +170,10 @@ class GpuPasses(Embedding):
         kv: KVCache,
         first: int,
         nodes: Nodes | None,
-        states: tuple[Tensor, Tensor] | None = None,
+        source: Tensor | None = None,
+        targets: Sequence[tuple[int, Tensor]] = (),
     ) -> None:
-        """Runs blocks over the rows of ``x``, or from one boundary's states to another's."""
+        """Runs blocks over the rows of ``x``, or from one boundary's states to others'."""
         from hispec_kernels.gpu.rows import load_rows, store_rows
 
         tree = nodes is not None and not nodes.straight(position + width - nodes.root)
@@ -185,16 +186,22 @@ class GpuPasses(Embedding):
 
         def work(whole: bool) -> None:
             started = rows if whole else width
-            if states:
-                load_rows(states[0], plan, x, rows=started)
-            self._run_blocks(blocks, kv, first, rows, started, splits if whole else needed, tree)
-            if states:
-                store_rows(x, plan, states[1], rows=started)
+            extent = splits if whole else needed
+            if source is not None:
+                load_rows(source, plan, x, rows=started)
+            done = 0
+            for stop, target in targets or [(len(blocks), x)]:
+                part = blocks[done:stop]
+                self._run_blocks(part, kv, first + done, rows, started, extent, tree)
+                if target is not x:
+                    store_rows(x, plan, target, rows=started)
+                done = stop
 
         # Boundaries' states live as long as their cache.
-        places = tuple(y.data_ptr() for y in states or ())
+        moved = [(0, source), *targets]
+        places = tuple((stop, y.data_ptr()) for stop, y in moved if y is not None)
         known = self._of_cache.setdefault(kv, {})
-        self.graphs.run(known, (blocks[0], first, len(blocks), rows, splits, tree, *places), work)
+        self.graphs.run(known, (blocks[0], first, len(blocks), rows, splits, tree, places), work)
 
     def _run_blocks(
         self,
@@ -266,7 +273,7 @@ class GpuPasses(Embedding):
         self.run([block], self._x[:3], 0, kv, 0, nodes)
         self.run([block], self._x[:17], 0, kv, 0)
         states = torch.zeros(2, config.hidden_size, device=self._device)
-        self.lift([block], states, states, 0, 1, kv, 0)
+        self.lift([block], states, [(1, states)], 0, 1, kv, 0)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 

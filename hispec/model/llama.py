@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -212,19 +213,19 @@ class Llama:
             nodes: the tree in the slots from its root on; without one, slots are positions.
             wide: a prefill's pass.
         """
-        visits, below, known = 0, 0, False
-        for level in cache.boundaries:
-            start = cache.computed[level]
+        visits, below, source = 0, 0, None
+        levels = cache.boundaries[: cache.boundaries.index(boundary) + 1]
+        # Boundaries that lack the same slots are passed on one way.
+        for start, group in groupby(levels, key=cache.computed.__getitem__):
+            stops = list(group)
             if start < upto:
-                source = cache.states[below if known else level]
-                if not known:
+                if source is None:
+                    source = cache.states[stops[0]]
                     self.narrow.embed_into(self.embedding, tokens[start:upto], source, start)
-                self.lift(cache, source, below, level, start, upto, nodes=nodes, wide=wide)
-                cache.computed[level] = upto
-                visits += (upto - start) * (level - below)
-            if level == boundary:
-                break
-            below, known = level, True
+                self.lift(cache, source, below, stops, start, upto, nodes=nodes, wide=wide)
+                visits += (upto - start) * (stops[-1] - below)
+            below, source = stops[-1], cache.states[stops[-1]]
+        cache.computed.update((level, upto) for level in levels if cache.computed[level] < upto)
         return visits
 
     def prefill(self, cache: Cache, tokens: Sequence[Token]) -> int:
@@ -266,20 +267,20 @@ class Llama:
         cache: Cache,
         source: Tensor,
         start: int,
-        stop: int,
+        stops: Sequence[int],
         position: int,
         upto: int,
         *,
         nodes: Nodes | None = None,
         wide: bool = False,
     ) -> None:
-        """Does what :meth:`run_layers` does, from ``source`` to the states at a boundary.
+        """Does what :meth:`run_layers` does, from ``source`` to the states at boundaries.
 
         Args:
-            cache: has a boundary at ``stop``.
-            source: (S, D), states after ``layers[0:start]`` by slot; may be those at ``stop``.
+            cache: has a boundary at each of ``stops``.
+            source: (S, D), states after ``layers[0:start]`` by slot; may be one of theirs.
             start: first layer.
-            stop: one past the last layer.
+            stops: where states are left: ascending, the last one past the last layer.
             position: slot of the first row.
             upto: slot past the last row.
             nodes: see :meth:`run_layers`.
@@ -287,10 +288,11 @@ class Llama:
         """
         width = upto - position
         assert wide or width <= MAX_WIDTH, "a narrow pass takes MAX_WIDTH rows"
-        if start < stop:  # an exit before the first layer has the embeddings
-            passes, target = self.wide if wide else self.narrow, cache.states[stop]
-            blocks = self.blocks[start:stop]
-            passes.lift(blocks, source, target, position, width, cache.kv, start, nodes)
+        # An exit before the first layer has the embeddings.
+        targets = [(stop - start, cache.states[stop]) for stop in stops if stop > start]
+        if targets:
+            passes, blocks = self.wide if wide else self.narrow, self.blocks[start : stops[-1]]
+            passes.lift(blocks, source, targets, position, width, cache.kv, start, nodes)
 
     def run_layers(
         self,

@@ -24,7 +24,7 @@ from hispec.model.config import ModelConfig
 from hispec.model.linear import Layout, Linear
 from hispec.model.nodes import MAX_WIDTH, Nodes
 from hispec.model.passes import Asked, Rotary, Token
-from hispec.model.records import Answers, Table, shape_of, tree_of
+from hispec.model.records import Answers, Table, shape_of, taps_of, tree_of
 from hispec.model.store import cache_dir
 from hispec_kernels import cpu
 
@@ -120,7 +120,7 @@ class NativePasses:
         self,
         blocks: Sequence[Block],
         source: Tensor,
-        target: Tensor,
+        targets: Sequence[tuple[int, Tensor]],
         position: int,
         width: int,
         kv: KVCache,
@@ -132,12 +132,13 @@ class NativePasses:
         By addresses: the weights have driven torch's own code from the caches, and a slice of a
         tensor takes 0.03 ms here, of a pass of 12.
         """
-        assert source.dtype == target.dtype == torch.float32 and position + width <= len(target)
-        size = 4 * self._config.hidden_size
+        assert source.dtype == torch.float32 and position + width <= len(source)
+        size, target = 4 * self._config.hidden_size, targets[-1][1]
         x = target.data_ptr() + position * size
         if source is not target:
             ctypes.memmove(x, source.data_ptr() + position * size, width * size)
-        self._call(blocks, x, width, kv, first, position=position, nodes=nodes)
+        taps = taps_of(targets, position * size)
+        self._call(blocks, x, width, kv, first, position=position, nodes=nodes, taps=taps)
 
     def run_texts(
         self,
@@ -174,8 +175,9 @@ class NativePasses:
         position: int = 0,
         rows: int | None = None,
         nodes: Nodes | None = None,
+        taps: ctypes.Array[ctypes.c_void_p] | None = None,
     ) -> None:
-        """Runs blocks in place over the (W, D) fp32 at the address ``x``."""
+        """Runs blocks in place over the (W, D) fp32 at the address ``x``; see ``passes.inc.h``."""
         bent = nodes is not None and not nodes.straight(position + width - nodes.root)
         tree = tree_of(nodes) if bent and nodes else None
         table, threads = self._table(kv), torch.get_num_threads()
@@ -185,6 +187,7 @@ class NativePasses:
             len(blocks),
             table.shape,
             x,
+            taps,
             width,
             position,
             rows,

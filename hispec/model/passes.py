@@ -1,7 +1,7 @@
 """Running blocks over new rows of a cache.
 
     run(blocks, x, position, kv)      states after the blocks, their keys and values stored
-    lift(blocks, source, target, …)   the same between two boundaries' states
+    lift(blocks, source, targets, …)  the same from one boundary's states to those of others above
     project(linear, x, norm)          a product, after RMSNorm where a norm is given
     move(kv, sources, targets)        a tree's kept nodes take the slots of those that go
 
@@ -93,19 +93,20 @@ class Passes(Protocol):
         self,
         blocks: Sequence[Block],
         source: Tensor,
-        target: Tensor,
+        targets: Sequence[tuple[int, Tensor]],
         position: int,
         width: int,
         kv: KVCache,
         first: int,
         nodes: Nodes | None = None,
     ) -> None:
-        """Does what :meth:`run` does, from one boundary's states to another's.
+        """Does what :meth:`run` does, from one boundary's states to those of others above it.
 
         Args:
             blocks: as there.
             source: (S, D) states by slot, of the dtype that the cache keeps them in.
-            target: likewise, where the blocks' go; may be ``source``.
+            targets: pairs of n, ascending from 1 to all, and states likewise: where those after
+                ``blocks[:n]`` go. One of them may be ``source``.
             position: slot of the first row.
             width: W.
             kv: as there.

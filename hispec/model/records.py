@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Sequence
 
@@ -32,6 +33,23 @@ def shape_of(config: ModelConfig, kv_stride: int) -> cpu.Shape:
 def tree_of(nodes: Nodes) -> cpu.Nodes:
     """Returns a draft tree as ``nodes_t``."""
     return cpu.Nodes(nodes.root, nodes.depths_array.ctypes.data, nodes.paths_array.ctypes.data)
+
+
+def taps_of(
+    targets: Sequence[tuple[int, Tensor]], offset: int
+) -> ctypes.Array[ctypes.c_void_p] | None:
+    """Returns where states go behind each block but the last, whose are worked on in place.
+
+    Args:
+        targets: see ``Passes.lift``.
+        offset: bytes to the first row.
+    """
+    if len(targets) == 1:
+        return None
+    taps = (ctypes.c_void_p * targets[-1][0])()
+    for stop, states in targets[:-1]:
+        taps[stop - 1] = states.data_ptr() + offset
+    return taps
 
 
 class Table:

@@ -107,7 +107,7 @@ class TorchPasses(Embedding):
         self,
         blocks: Sequence[Block],
         source: Tensor,
-        target: Tensor,
+        targets: Sequence[tuple[int, Tensor]],
         position: int,
         width: int,
         kv: KVCache,
@@ -116,7 +116,10 @@ class TorchPasses(Embedding):
     ) -> None:
         """See :class:`Passes`."""
         rows = slice(position, position + width)
-        target[rows] = self.run(blocks, source[rows], position, kv, first, nodes)
+        x, done = source[rows], 0
+        for stop, target in targets:
+            x = self.run(blocks[done:stop], x, position, kv, first + done, nodes)
+            target[rows], done = x, stop
 
     def project(self, linear: Linear, x: Tensor, norm: Tensor | None = None) -> Tensor:
         """See :class:`Passes`."""

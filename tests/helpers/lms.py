@@ -336,10 +336,16 @@ def watching(model: Llama) -> Iterator[Recorder]:
         return run_layers(x, start, stop, position, kv, **options)
 
     def watched_lift(
-        cache: Any, source: Tensor, start: int, stop: int, position: int, upto: int, **options: Any
+        cache: Any,
+        source: Tensor,
+        start: int,
+        stops: Sequence[int],
+        position: int,
+        upto: int,
+        **options: Any,
     ) -> None:
-        recorder.note(start, stop, position, upto - position)
-        lift(cache, source, start, stop, position, upto, **options)
+        recorder.note(start, stops[-1], position, upto - position)
+        lift(cache, source, start, stops, position, upto, **options)
 
     def watched_cache(boundaries: Sequence[int], positions: int | None = None) -> Any:
         cache = new_cache(boundaries, positions)

@@ -54,13 +54,14 @@ def test_a_graph_serves_its_whole_bucket(fp32: Llama) -> None:
 def test_a_graph_moves_the_states_of_its_own_boundaries(fp32: Llama) -> None:
     """Texts take turns, in caches of their own and with other boundaries."""
     passes, texts = fp32.narrow, ([3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9])
+    ways, texts = ([1, 3], [1, 3], [3], [3]), (*texts, texts[0])
     assert isinstance(passes, GpuPasses)
 
     def everything() -> list[Tensor]:
-        caches = [fp32.new_cache(boundaries) for boundaries in ([1, 3], [1, 3], [3])]
+        caches = [fp32.new_cache(boundaries) for boundaries in ([1, 3], [1, 3], [3], [1, 3])]
         for upto in range(1, 6):
-            for cache, tokens in zip(caches, texts, strict=True):
-                for boundary in cache.boundaries:
+            for cache, tokens, way in zip(caches, texts, ways, strict=True):
+                for boundary in way:
                     fp32.advance(cache, tokens, upto, boundary)
         return [cache.states[b][:5] for cache in caches for b in cache.boundaries]
 
@@ -68,9 +69,10 @@ def test_a_graph_moves_the_states_of_its_own_boundaries(fp32: Llama) -> None:
         wanted = everything()
     with mock.patch.object(passes.graphs, "on", True), replaying() as captured:
         found = everything()
-    assert len(captured) == 5  # a range of layers and two boundaries each
+    assert len(captured) == 6  # a range of layers and its boundaries each, one of them two
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert not torch.equal(wanted[0], wanted[2]) and not torch.equal(wanted[1], wanted[4])
+    assert torch.equal(wanted[0], wanted[5]) and torch.equal(wanted[1], wanted[6])
 
 
 @torch.inference_mode()

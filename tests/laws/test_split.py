@@ -14,7 +14,8 @@ from helpers.lms import recording
 from torch import Tensor
 
 from hispec.generation import LM
-from hispec.model.nodes import MAX_WIDTH
+from hispec.model.llama import PREFILL_CHUNK
+from hispec.model.nodes import MAX_WIDTH, Nodes
 from hispec_kernels.attention import BUCKET, ROWS, decode_attention
 
 KINDS = ("torch fp32", "torch bf16", "compiled fp32", "compiled bf16", "avx2 fp32", "avx2 bf16")
@@ -38,6 +39,33 @@ def states_and_cache(lm: LM, tokens: list[int], cuts: list[int], widths) -> tupl
         states = torch.cat(rows)
         logits = torch.cat([model.logits(x) for x in rows])
     return logits, [states, *keys_and_values(lm, kv, len(tokens))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_boundaries_hold_the_same_on_one_way_as_on_several(zoo, kind: str) -> None:
+    model = zoo("gqa", kind).model
+    boundaries, tokens = (0, 2, 5, model.config.num_layers), random_prompt(5, 264)
+    tree = Nodes(258)
+    for parent in (0, 1, 1, 0, 2):
+        tree.append(parent)
+    caches = []
+    with torch.inference_mode():
+        for ways in ([6], [2, 6], [0, 5, 6], [0, 2, 5, 6]):
+            cache = model.new_cache(boundaries)
+            for boundary in ways:
+                below = max([0, *(x for x in ways if x < boundary)])
+                visits = model.advance(cache, tokens, PREFILL_CHUNK, boundary, wide=True)
+                assert visits == PREFILL_CHUNK * (boundary - below)
+            for upto, nodes in ((258, None), (264, tree)):
+                for boundary in ways:
+                    model.advance(cache, tokens, upto, boundary, nodes=nodes)
+            assert set(cache.computed.values()) == {264}
+            caches.append(cache)
+    for cache in caches[1:]:
+        assert torch.equal(cache.kv.storage, caches[0].kv.storage), kind
+        for boundary in boundaries:
+            found, wanted = (x.states[boundary][:264] for x in (cache, caches[0]))
+            assert wanted.any() and torch.equal(found, wanted), (kind, boundary)
 
 
 def constant(width: int):

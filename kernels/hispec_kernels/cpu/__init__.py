@@ -165,10 +165,10 @@ def load_library(folder: Path) -> ctypes.CDLL:
     pointer, size, real, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
     shape, nodes = ctypes.POINTER(Shape), ctypes.POINTER(Nodes)
     for kind in kinds(library):
-        # layers, count, shape, x, width, slot, rows, nodes, cos, sin, scratch, threads
+        # layers, count, shape, x, taps, width, slot, rows, nodes, cos, sin, scratch, threads
         run = getattr(library, f"run_layers_{kind}")
         run.argtypes = [
-            *(pointer, size, shape, pointer, size, size),
+            *(pointer, size, shape, pointer, pointer, size, size),
             *(pointer, nodes, pointer, pointer, pointer, threads),
         ]
         # w, scale, bias, rows, n, norm, eps, x, width, y, scratch, threads

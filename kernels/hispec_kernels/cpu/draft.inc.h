@@ -70,7 +70,7 @@ void NAME(draft)(const NAME(head_t) * head, const shape_t *shape, const NAME(pla
       add_to(x + t * D, at->feature + map * D, D);
     }
   if (head->block.qkv)
-    NAME(run_layers)(&head->block, 1, shape, x, W, at->start, NULL, tree, cos, sin, scratch, threads);
+    NAME(run_layers)(&head->block, 1, shape, x, NULL, W, at->start, NULL, tree, cos, sin, scratch, threads);
   NAME(project_best)(head->vocabulary, head->vocabulary_scale, head->columns, D, head->norm, eps,
                      x + (at->first - at->start) * D, at->end - at->first, k, temperature, head->ids,
                      found, odds, logits, scratch, threads);

@@ -121,10 +121,11 @@ static void NAME(normed)(const float *x, const float *weight, int64_t width, int
    or NULL.
 
    x        (W, D) fp32, in and out
+   taps     for each block where x goes behind it besides, or NULL; NULL where none does
    cos, sin (S, D_h), all positions, the first half of sin negated
    scratch  (W + 16) * ((2 H + 2 H_kv) * D_h + I + threads * D) floats, 64-byte aligned */
 void NAME(run_layers)(const layer_t *layers, int64_t count, const shape_t *shape, float *x,
-                      int64_t width, int64_t slot, const row_t *rows, const nodes_t *nodes,
+                      float *const *taps, int64_t width, int64_t slot, const row_t *rows, const nodes_t *nodes,
                       const float *cos, const float *sin, float *scratch, int threads) {
   const int64_t D = shape->hidden, I = shape->intermediate, dim = shape->head_dim;
   const int64_t HK = shape->kv_heads, G = shape->heads / HK, HD = shape->heads * dim;
@@ -190,6 +191,11 @@ void NAME(run_layers)(const layer_t *layers, int64_t count, const shape_t *shape
       NAME(product)(layer->down, layer->down_scale, layer->down_bias, FROM(D), UPTO(D), D, I, hidden, width, x, 1,
                     then + FROM(QKV) * D);
 #pragma omp barrier
+      /* The next block does not write x before its first barrier. */
+      if (taps && taps[i]) {
+        const int64_t from = share(width, id, team) * D, upto = share(width, id + 1, team) * D;
+        memcpy(taps[i] + from, x + from, (upto - from) * sizeof(float));
+      }
     }
 #if BF16 && HAS_AMX
     tiles_off();
