@@ -13,8 +13,9 @@ For each dtype (by default bf16 and fp32 on a CPU, bf16 and fp16 on a GPU):
    same converted folder; where they part, the top-2 gap of the logits at that token is listed.
    Below 1e-3 it is a rounding tie: transformers multiplies in other shapes.
 2. *Bits.* Long texts (the prompts, one behind the other, cut at 1,500 tokens) are run token by
-   token as plain decoding runs them, then again in passes of random widths, cut at the exits of
-   ``hispec``. No bit of any row of logits may differ.
+   token as plain decoding runs them, then again in passes of random widths, chains and trees by
+   turns, cut at the exits of ``hispec``. No bit of any row of logits may differ, nor any pick that
+   a head makes by itself (:mod:`hispec.bench.bits`).
 
 The ids of plain decoding and of transformers are kept in the cache folder, so that later runs only
 pay for the hierarchies. Kept ids are not trusted blindly: where a hierarchy differs, plain decoding
@@ -29,10 +30,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,17 @@ from typing import Any
 import torch
 
 import hispec
+from hispec.bench.bits import WARM, compare_bits, long_texts
 from hispec.bench.prompts import Prompt, load_prompts
 from hispec.bench.provenance import collect, cpu_name
 from hispec.files import write_whole
 from hispec.generation import LM
 from hispec.hierarchy import Hierarchy, Level
 from hispec.model.device import choose
-from hispec.model.nodes import MAX_WIDTH
 from hispec.model.store import cache_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 TIE = 1e-3  # top-2 gap of logits below which transformers may round to the other side
-WARM = 300  # tokens of a long text that are prefilled before its rows are compared
 
 
 class Kept:
@@ -222,70 +222,6 @@ class Tokens:
         return hierarchies or equal + len(self.ties) < compared
 
 
-# ------------------------------------------------------------------ bits
-
-
-def compare_bits(lm: LM, texts: Sequence[list[int]], rows: int, seed: int = 0) -> dict[str, Any]:
-    """Counts the bits in which logits of passes of any width differ from those of single rows."""
-    draw, model = random.Random(seed), lm.model
-    boundaries = [*lm.hierarchy("hispec").exit_layers, model.config.num_layers]
-    found = {"positions": 0, "longest": 0, "passes": 0, "rows_that_differ": 0}
-    found |= {"bits_that_differ": 0, "argmax_that_differ": 0}
-    with torch.inference_mode():
-        for text in texts:
-            alone = model.new_cache(boundaries[-1:])
-            company = model.new_cache(boundaries)
-            model.prefill(alone, text[:WARM])
-            model.prefill(company, text[:WARM])
-            at = min(WARM, len(text))
-            while at < len(text) and found["positions"] < rows:
-                end = min(len(text), at + draw.randint(1, MAX_WIDTH))
-                for boundary in boundaries:  # each level may come in passes of its own
-                    while company.computed[boundary] < end:
-                        upto = draw.randint(company.computed[boundary] + 1, end)
-                        model.advance(company, text, upto, boundary)
-                        found["passes"] += 1
-                theirs = model.logits(company.states[boundaries[-1]][at:end])
-                for place in range(at, end):
-                    model.advance(alone, text, place + 1, boundaries[-1])
-                    state = alone.states[boundaries[-1]][place : place + 1]
-                    ours, other = model.logits(state)[0], theirs[place - at]
-                    bits = differing_bits(ours, other)
-                    found["rows_that_differ"] += bits > 0
-                    found["bits_that_differ"] += bits
-                    found["argmax_that_differ"] += int(ours.argmax() != other.argmax())
-                found["positions"] += end - at
-                found["longest"] = max(found["longest"], end)
-                at = end
-    return found
-
-
-def differing_bits(a: torch.Tensor, b: torch.Tensor) -> int:
-    """How many bits two rows differ in; 0 means equal, and equal zeros of both signs are not."""
-    size = {2: torch.int16, 4: torch.int32}[a.dtype.itemsize]
-    differing = (a.view(size) ^ b.view(size)).long()
-    differing = differing[differing != 0].tolist()
-    return sum(bin(x & (1 << 8 * a.dtype.itemsize) - 1).count("1") for x in differing)
-
-
-def long_texts(pieces: Sequence[list[int]], length: int, positions: int) -> list[list[int]]:
-    """Cuts the pieces, one behind the other, into texts of ``length`` tokens, enough for the rows.
-
-    Where there are too few pieces they are taken again, in another order.
-    """
-    wanted = -(-positions // (length - WARM))
-    texts: list[list[int]] = []
-    text: list[int] = []
-    draw = random.Random(1)
-    while len(texts) < wanted:
-        for piece in draw.sample(pieces, len(pieces)):
-            text += piece
-            if len(text) >= length:
-                texts.append(text[:length])
-                text = []
-    return texts[:wanted]
-
-
 # ------------------------------------------------------------------ the whole
 
 
@@ -347,11 +283,12 @@ def check(
     length = min(args.context, lm.model.config.max_positions)
     found = compare_bits(lm, long_texts(pieces, length, args.positions), args.positions)
     took = round(time.perf_counter() - started, 1)
-    write({"kind": "bits", "dtype": dtype, **found, "took_s": took})
-    rows = f"{found['rows_that_differ']} of {found['positions']} rows of logits"
-    longest = f"contexts to {found['longest']} tokens"
-    print(f"  bits: {found['bits_that_differ']} differ in {rows} ({longest})")
-    return tokens.failed() or found["rows_that_differ"] > 0
+    write({"kind": "bits", "dtype": dtype, **asdict(found), "took_s": took})
+    rows = f"{found.rows_that_differ} of {found.positions + found.wrong} rows of logits"
+    company = f"{found.trees} trees, contexts to {found.longest} tokens"
+    print(f"  bits: {found.bits_that_differ} differ in {rows} ({company})")
+    print(f"  picks: {found.picks_that_differ} rows' best ids or odds differ")
+    return tokens.failed() or not found.same
 
 
 def settings_of(args: argparse.Namespace) -> dict[str, Any]:
