@@ -3,10 +3,11 @@
     python scripts/bench_gpu.py --model smollm2-135m --out gpu            # all stages
     python scripts/bench_gpu.py --only kernels,ar --shapes 8B --out gpu
 
-Stages, each a few minutes, each its own process-sized piece of work:
+Stages, each --stage-s long at most (what is left out then is said):
 
     kernels   every kernel against fp64 on fresh inputs, outputs poisoned; then its time over the
-              bytes it must move at the measured copy bandwidth, torch.mm beside it, other tilings
+              bytes it must move at the measured copy bandwidth; torch's and, where they are
+              installed, Liger's beside them; other tilings
     ar        plain decoding of Llama shapes with random weights over the same floor, and by kernel
               where that is missed; with torch's products in turn, which promise no bits
     spec      our methods on the model and its exits: tokens compared with plain decoding's, the
@@ -34,6 +35,7 @@ import torch
 
 from hispec.bench import gpu_shapes
 from hispec.bench.gpu_kernels import measure, tilings
+from hispec.bench.gpu_peers import Peers, measure_peer
 from hispec.bench.gpu_picks import LISTED, Picks, step_rows
 from hispec.bench.gpu_timing import copy_gb_per_s
 from hispec.bench.prompts import load_prompts
@@ -57,6 +59,7 @@ class Bench:
         self.device, self.dtype = choice.device, choice.dtype
         self.ceiling = copy_gb_per_s(self.device, 8 if args.tiny else 2048)
         self.repeats = 1 if args.tiny else 30
+        self.started = time.perf_counter()  # the stage
         self._lms: dict[str, LM] = {}
         self.write({"stage": "machine", **self.machine()})
 
@@ -74,6 +77,10 @@ class Bench:
             "copy_gb_per_s": self.ceiling,
             "kernels": gpu.why_not(self.device) or "triton",
         }
+
+    def spent(self) -> float:
+        """Returns the share of a stage's time that is over."""
+        return (time.perf_counter() - self.started) / self.args.stage_s
 
     def write(self, row: Row) -> None:
         """Appends a row to --out."""
@@ -105,11 +112,16 @@ def kernels(bench: Bench) -> Iterator[Row]:
         for width in (3,) if bench.args.tiny else (1, 8, 16, 32):
             context = 130 if bench.args.tiny else 1024
             config = gpu_shapes.shape(name, context + 64)
-            cases = Picks(config, width, context, dtype, bench.device)
-            for kernel, make in cases.all():
-                row = measure(make, dtype, bench.ceiling)
-                yield {"shape": name, "width": width, "kernel": kernel, **row}
-                torch.cuda.empty_cache()
+            what = (config, width, context, dtype, bench.device)
+            cases, peers = Picks(*what), Peers(*what)
+            for tell, those, key in (
+                (measure, cases, "kernel"),
+                (measure_peer, peers, "peer"),
+            ):
+                for kernel, make in those.all():
+                    row = tell(make, dtype, bench.ceiling)
+                    yield {"shape": name, "width": width, key: kernel, **row}
+                    torch.cuda.empty_cache()
             if bench.args.tilings and width == 1 and bench.device.type == "cuda":
                 for row in tilings(cases, bench.ceiling):
                     yield {"shape": name, "width": width, **row}
@@ -152,9 +164,14 @@ def _real(bench: Bench) -> torch.dtype:
 def spec(bench: Bench) -> Iterator[Row]:
     """Our methods, in every dtype this device is fast at."""
     dtypes = ["fp32"] if bench.device.type == "cpu" else ["bf16", "fp16"]
-    for dtype in dtypes:
-        names = [name.strip() for name in bench.args.methods.split(",")]
-        yield from compare(bench, dtype, names[:2] if bench.args.tiny else names, fast=True)
+    names = [name.strip() for name in bench.args.methods.split(",")]
+    names = names[:2] if bench.args.tiny else names
+    for part, dtype in enumerate(dtypes):
+
+        def spent(part: int = part) -> float:
+            return bench.spent() * len(dtypes) - part
+
+        yield from compare(bench, dtype, names, spent, fast=True)
 
 
 def peers(bench: Bench) -> Iterator[Row]:
@@ -162,10 +179,19 @@ def peers(bench: Bench) -> Iterator[Row]:
     names: Sequence[str] = ("hf", "hf-static", "hf-early-exit", "hf-prompt-lookup")
     if bench.args.tiny:
         names = ("hf", "hf-prompt-lookup")
-    yield from compare(bench, "fp32" if bench.args.tiny else dtype_name(bench.dtype), names)
+    yield from compare(
+        bench, "fp32" if bench.args.tiny else dtype_name(bench.dtype), names, bench.spent
+    )
 
 
-def compare(bench: Bench, dtype: str, names: Sequence[str], *, fast: bool = False) -> Iterator[Row]:
+def compare(
+    bench: Bench,
+    dtype: str,
+    names: Sequence[str],
+    spent: Callable[[], float],
+    *,
+    fast: bool = False,
+) -> Iterator[Row]:
     """Plain decoding, with torch's products too where ``fast``, and each method."""
     from hispec.bench import gpu_methods
     from hispec.bench.baselines import HF, HFModel
@@ -184,7 +210,7 @@ def compare(bench: Bench, dtype: str, names: Sequence[str], *, fast: bool = Fals
     questions = [Question(lm.encode(prompt.chat(0, [])), limit) for prompt in prompts]
     cuda = bench.device.type == "cuda"
     clear = torch.cuda.reset_peak_memory_stats if cuda else lambda: None
-    for row in gpu_methods.compare(lm, methods, questions, clear):
+    for row in gpu_methods.compare(lm, methods, questions, clear, spent):
         memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
         yield {"method": row.pop("method"), "dtype": dtype, **row, "memory_gib": memory}
 
@@ -196,6 +222,10 @@ STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
     "peers": peers,
     "shapes": shapes,
 }
+
+
+#: Stages whose rows come one by one; the others ask fewer questions.
+CUT = ("kernels", "ar", "shapes")
 
 
 def tables(rows: list[Row]) -> str:
@@ -236,7 +266,8 @@ def main(arguments: list[str] | None = None) -> int:
         metavar="LIST",
         help="presets and files of hierarchies for spec",
     )
-    parser.add_argument("--shapes", default="135M,1B,8B", metavar="LIST", help="also 70B")
+    parser.add_argument("--shapes", default="135M,1B,8B,70B", metavar="LIST")
+    parser.add_argument("--stage-s", type=float, default=420, metavar="S", help="of each stage")
     parser.add_argument("--prompts", default="builtin", metavar="FILE")
     parser.add_argument("--limit", type=int, default=12, metavar="K")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
@@ -258,13 +289,16 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{bench.machine()['device']}: a copy moves {bench.ceiling:.0f} GB/s", flush=True)
         failed = False
         for stage in stages:
-            started, rows = time.perf_counter(), []
+            bench.started, rows = time.perf_counter(), []
             with torch.inference_mode():
                 for row in STAGES[stage](bench):
                     bench.write({"stage": stage, **row})
-                    failed |= row.get("right") is False
+                    failed |= row.get("right") is False and "peer" not in row
                     rows.append(row)
-            print(f"\n{stage} ({time.perf_counter() - started:.0f} s)")
+                    if stage in CUT and bench.spent() > 1:
+                        print(f"{stage}: cut off, {args.stage_s:g} s are over", file=sys.stderr)
+                        break
+            print(f"\n{stage} ({bench.spent() * args.stage_s:.0f} s)")
             print(tables(rows) if rows else "nothing", flush=True)
         return int(failed)
     except HispecError as error:

@@ -1,7 +1,8 @@
 """Each GPU kernel against its reference, then against the floor: the bytes it must move.
 
 Inputs are fresh and random, outputs poisoned, references in fp64. A kernel that is wrong is not
-timed. Here are the kernels of a model's blocks, those behind them in :mod:`hispec.bench.gpu_picks`.
+timed. Here are the kernels of a model's blocks, those behind them in :mod:`hispec.bench.gpu_picks`,
+others' in :mod:`hispec.bench.gpu_peers`.
 """
 
 from __future__ import annotations
@@ -137,17 +138,6 @@ class Cases:
             w.nbytes + x[:n].nbytes + 2 * y[:n].nbytes,
         )
 
-    def library_product(self, out: int, size: int) -> Trial:
-        """Torch's product at the same fixed width."""
-        w, x = self.noise(out, size) / size**0.5, self.noise(self.rows, size)
-        y, n = self.poison(self.rows, out), self.width
-        return Trial(
-            lambda: torch.mm(x, w.T, out=y),
-            lambda: y[:n],
-            lambda: x[:n].double() @ w.double().T,
-            w.nbytes + x[:n].nbytes + y[:n].nbytes,
-        )
-
     def gated_product(self) -> Trial:
         """Gate, up and SwiGLU."""
         from hispec_kernels.gpu.products import gated_product
@@ -179,6 +169,22 @@ class Cases:
             lambda: torch.cat([normed, total]) if add else normed,
             read + h[:n].nbytes + (2 * x[:n].nbytes if add else 0),
         )
+
+    def embed_rows(self) -> Trial:
+        """The embeddings of the plan's ids into a pass's rows."""
+        from hispec_kernels.gpu.plan import IDS
+        from hispec_kernels.gpu.rows import embed_rows
+
+        vocab, size = self.matrices()["head"]
+        n, plan, words = self.width, self.plan.clone(), self.noise(vocab, size)
+        self.seed += 1
+        draw = torch.Generator(self.device).manual_seed(self.seed)
+        ids = torch.randint(vocab, (n,), generator=draw, device=self.device)
+        plan[IDS : IDS + n] = ids
+        x = self.poison(self.rows, size, dtype=torch.float32)
+        run = partial(embed_rows, words, plan, x, rows=n)
+        moved = n * size * (words.element_size() + 4)
+        return Trial(run, lambda: x[:n], lambda: words[ids].float(), moved, exact=True)
 
     def copy_rows(self, *, load: bool) -> Trial:
         """States from a boundary's slots into a pass's rows, or back."""
@@ -227,7 +233,7 @@ class Cases:
             n * everything * (4 + self.dtype.itemsize) + 2 * n * c.head_dim * 4,
         )
 
-    def _looks(self, *, tree: bool) -> Tensor:
+    def looks(self, *, tree: bool) -> Tensor:
         """Which slots each row looks at, (W, S)."""
         n, at = self.width, self.context
         seen = torch.arange(at + n) <= torch.arange(at, at + n)[:, None]
@@ -236,19 +242,19 @@ class Cases:
             seen[row, [at + node for node in self.nodes.path(row)]] = True
         return seen.to(self.device)
 
-    def _past(self) -> tuple[Tensor, Tensor, Tensor]:
+    def past(self) -> tuple[Tensor, Tensor, Tensor]:
         """Queries (R, H, D_h), keys and values (H_kv, S, D_h)."""
         c, end = self.config, self.context + self.width
         keys, values = (self.noise(c.num_kv_heads, end, c.head_dim) for _ in range(2))
         return self.noise(self.rows, c.num_heads, c.head_dim), keys, values
 
-    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, *, tree: bool) -> Tensor:
+    def attended(self, queries: Tensor, keys: Tensor, values: Tensor, *, tree: bool) -> Tensor:
         """Attention in fp64, (W, H, D_h)."""
         group = self.config.num_heads // self.config.num_kv_heads
         k, v = (x.double().repeat_interleave(group, 0) for x in (keys, values))
         q = queries[: self.width].double().transpose(0, 1)
         scores = q @ k.transpose(1, 2) / self.config.head_dim**0.5  # (H, W, S)
-        scores.masked_fill_(~self._looks(tree=tree), -math.inf)
+        scores.masked_fill_(~self.looks(tree=tree), -math.inf)
         return (scores.softmax(-1) @ v).transpose(0, 1)
 
     def attention(self, *, tree: bool = False) -> Trial:
@@ -256,31 +262,15 @@ class Cases:
         from hispec_kernels.gpu.attention import Partials, decode_attention
 
         c, n, end = self.config, self.width, self.context + self.width
-        queries, keys, values = self._past()
+        queries, keys, values = self.past()
         out = self.poison(self.rows, c.num_heads, c.head_dim)
         room = Partials(-(-end // 128), self.rows, c.num_heads, c.head_dim, self.device)
         plan = self.tree_plan if tree else self.plan
         return Trial(
             lambda: decode_attention(queries, keys, values, plan, room, out, tree=tree, rows=n),
             lambda: out[:n],
-            lambda: self._attended(queries, keys, values, tree=tree),
+            lambda: self.attended(queries, keys, values, tree=tree),
             keys.nbytes + values.nbytes + 2 * queries[:n].nbytes,
-        )
-
-    def library_attention(self) -> Trial:
-        """Torch's attention of one row: the heads that share keys are its rows."""
-        queries, keys, values = self._past()
-        packed = queries[0].unflatten(0, (self.config.num_kv_heads, -1))  # (H_kv, G, D_h)
-        kept: list[Tensor] = []
-
-        def run() -> None:
-            kept[:] = [F.scaled_dot_product_attention(packed[None], keys[None], values[None])[0]]
-
-        return Trial(
-            run,
-            lambda: kept[0].flatten(0, 1)[None],
-            lambda: self._attended(queries, keys, values, tree=False),
-            keys.nbytes + values.nbytes + 2 * packed.nbytes,
         )
 
     def all(self) -> Iterator[tuple[str, Callable[[], Trial]]]:
@@ -290,17 +280,15 @@ class Cases:
                 yield "gated_product", self.gated_product
             else:
                 yield f"product {name}", partial(self.product, out, size)
-            yield f"torch.mm {name}", partial(self.library_product, out, size)
         yield "product down + x", self.residual_product
         yield "rms_norm", self.add_rms_norm
         yield "add_rms_norm", partial(self.add_rms_norm, add=True)
+        yield "embed_rows", self.embed_rows
         yield "load_rows", partial(self.copy_rows, load=True)
         yield "store_rows", partial(self.copy_rows, load=False)
         yield "rope_write", self.rope_write
         yield "attention", self.attention
-        if self.width == 1:
-            yield "torch sdpa", self.library_attention
-        else:
+        if self.width > 1:
             yield "rope_write tree", partial(self.rope_write, tree=True)
             yield "attention tree", partial(self.attention, tree=True)
 

@@ -32,6 +32,8 @@ from hispec.model.gpu import GpuPasses
 Row = dict[str, Any]
 #: Questions over which the device's idle time is told.
 WATCHED = 3
+#: The share of the time that warming up may take.
+WARMING = 0.6
 
 
 def plain_on_fast(bench: Workbench) -> list[Method]:
@@ -42,20 +44,38 @@ def plain_on_fast(bench: Workbench) -> list[Method]:
     return [PlainOn(bench, passes) for passes in fast_passes(model)]
 
 
-def warm_up(methods: Sequence[Method], questions: Sequence[Question], device: torch.device) -> None:
+def warm_up(
+    methods: Sequence[Method],
+    questions: Sequence[Question],
+    device: torch.device,
+    spent: Callable[[], float] = lambda: 0.0,
+) -> Sequence[Question]:
     """Lets everything be compiled and captured that answering these questions takes.
 
     Others' methods compile nothing for a length, so they answer the longest question alone.
+
+    Returns:
+        The questions that are warm: all, unless most of the time is spent before.
     """
     longest = max(questions, key=lambda question: len(question.ids))
+    again = [x for x in methods if device.type == "cuda" and isinstance(x, Engine)]
     for method in methods:
-        again = device.type == "cuda" and isinstance(method, Engine)
-        for question in [*questions, *questions] if again else [longest]:
+        if method not in again:
+            method(Question(longest.ids, longest.limit))
+    for number, question in enumerate(questions if again else (), 1):
+        for method in [*again, *again]:
             method(Question(question.ids, question.limit))
+        if spent() > WARMING:
+            return questions[:number]
+    return questions
 
 
 def compare(
-    lm: LM, methods: Sequence[Method], questions: Sequence[Question], clear: Callable[[], None]
+    lm: LM,
+    methods: Sequence[Method],
+    questions: Sequence[Question],
+    clear: Callable[[], None],
+    spent: Callable[[], float] = lambda: 0.0,
 ) -> Iterator[Row]:
     """Yields a row a method: every question answered by each in turn, after a warm-up.
 
@@ -64,9 +84,10 @@ def compare(
         methods: plain decoding first.
         questions: what is asked.
         clear: called before the first timed answer.
+        spent: the share of the time there is; once it is over, no further question is asked.
     """
     model = lm.model
-    warm_up(methods, questions, model.device)
+    questions = warm_up(methods, questions, model.device, spent)
     clear()
     totals = {method.name: _Total(method, model.narrow) for method in methods}
     for number, question in enumerate(questions):
@@ -76,6 +97,8 @@ def compare(
             wanted = outcome.token_ids if wanted is None else wanted
         for method in methods if number < WATCHED else ():
             totals[method.name].watch(question, model.device)
+        if spent() > 1:
+            break
     plain = totals[methods[0].name].s_per_token
     for total in totals.values():
         yield total.row(plain)

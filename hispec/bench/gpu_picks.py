@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hispec.bench.gpu_kernels import Cases, Trial, measure
 from hispec.drafter import RANKS, SHOWN
+from hispec_kernels import compact as reference_compact
 from hispec_kernels import exit_head as reference_head
 from hispec_kernels.follow import follow as reference_follow
 from hispec_kernels.noise import noisy as reference_noisy
@@ -133,8 +134,9 @@ class Picks(Cases):
         before = cells[..., at - 1 :, :].clone()
 
         def wanted() -> Tensor:
-            moved = before.index_select(-2, sources - at + 1)
-            return before.index_copy(-2, targets - at + 1, moved)
+            moved = before.clone()
+            reference_compact(moved, sources - at + 1, targets - at + 1)
+            return moved
 
         return Trial(
             lambda: compact(cells, sources, targets, count),
@@ -164,7 +166,7 @@ class Picks(Cases):
     def step(self) -> Iterator[tuple[str, int, Callable[[], Trial]]]:
         """Yields the kernels of a plain step: name, how often it runs, what makes a trial of it."""
         layers, sizes = self.config.num_layers, self.matrices()
-        yield "load_rows", 1, partial(self.copy_rows, load=True)
+        yield "embed_rows", 1, self.embed_rows
         yield "store_rows", 1, partial(self.copy_rows, load=False)
         yield "rms_norm", layers + 1, self.add_rms_norm
         yield "product qkv", layers, partial(self.product, *sizes["qkv"])

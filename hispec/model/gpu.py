@@ -12,8 +12,8 @@ A row's bits do not depend on its company: :mod:`hispec_kernels.gpu` says why. S
 between calls, so that stopping at an exit and going on rounds nothing.
 
 Graphs are captured for a cache, a range of layers, a width bucket (16 or 32 rows), a length bucket
-(a power of two of splits), for chains or trees, and the boundaries they lift states between; see
-:mod:`hispec.model.graphs`.
+(a power of two of splits), for chains or trees, and the boundaries they lift states between, the
+embeddings below them all; see :mod:`hispec.model.graphs`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from hispec.model.device import out_of_memory, upload
 from hispec.model.graphs import Graphs
 from hispec.model.linear import Linear
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Asked, Embedding, Rotary
+from hispec.model.passes import Asked, Embedding, Rotary, Words
+from hispec.model.sender import Sender
 from hispec_kernels import gpu
 
 _Known = dict[Hashable, "torch.cuda.CUDAGraph | None"]
@@ -97,8 +98,6 @@ class GpuPasses(Embedding):
     def __init__(
         self, config: ModelConfig, rotary: Rotary, dtype: torch.dtype, device: torch.device
     ) -> None:
-        from hispec_kernels.gpu import plan
-
         super().__init__(device)
         self.build = gpu.build()
         self._config = config
@@ -107,8 +106,8 @@ class GpuPasses(Embedding):
         self.graphs = Graphs(device)
         self._of_cache: weakref.WeakKeyDictionary[KVCache, _Known] = weakref.WeakKeyDictionary()
         self._of_heads: _Known = {}
-        self._straight = plan.STRAIGHT
-        self._plan = torch.zeros(plan.LENGTH, dtype=torch.int32, device=device)
+        self._send = Sender(device)
+        self._plan = self._send.told
         self._width = self._plan[1:2]
 
         def room(size: int, kind: torch.dtype = dtype) -> Tensor:
@@ -151,7 +150,7 @@ class GpuPasses(Embedding):
     def lift(
         self,
         blocks: Sequence[Block],
-        source: Tensor,
+        source: Tensor | Words,
         targets: Sequence[tuple[int, Tensor]],
         position: int,
         width: int,
@@ -159,7 +158,7 @@ class GpuPasses(Embedding):
         first: int,
         nodes: Nodes | None = None,
     ) -> None:
-        """See :class:`~hispec.model.passes.Passes`; the graph itself moves the states."""
+        """See :class:`~hispec.model.passes.Passes`; the graph itself embeds and moves states."""
         self._pass(blocks, position, width, kv, first, nodes, source, targets)
 
     def _pass(
@@ -170,14 +169,15 @@ class GpuPasses(Embedding):
         kv: KVCache,
         first: int,
         nodes: Nodes | None,
-        source: Tensor | None = None,
+        source: Tensor | Words | None = None,
         targets: Sequence[tuple[int, Tensor]] = (),
     ) -> None:
         """Runs blocks over the rows of ``x``, or from one boundary's states to others'."""
-        from hispec_kernels.gpu.rows import load_rows, store_rows
+        from hispec_kernels.gpu.rows import embed_rows, load_rows, store_rows
 
         tree = nodes is not None and not nodes.straight(position + width - nodes.root)
-        self._send_plan(position, width, nodes if tree else None)
+        words = source if isinstance(source, Words) else None
+        self._send.plan(position, width, nodes if tree else None, words)
         rows = self._rows(width)
         needed = -(-(position + width) // 128)
         splits = min(_bucket(needed), kv.keys[0].shape[1] // 128)
@@ -187,21 +187,25 @@ class GpuPasses(Embedding):
         def work(whole: bool) -> None:
             started = rows if whole else width
             extent = splits if whole else needed
-            if source is not None:
+            if words:
+                embed_rows(words.linear.weight, plan, x, rows=started)
+            elif isinstance(source, Tensor):
                 load_rows(source, plan, x, rows=started)
             done = 0
             for stop, target in targets or [(len(blocks), x)]:
-                part = blocks[done:stop]
-                self._run_blocks(part, kv, first + done, rows, started, extent, tree)
+                if part := blocks[done:stop]:
+                    self._run_blocks(part, kv, first + done, rows, started, extent, tree)
                 if target is not x:
                     store_rows(x, plan, target, rows=started)
                 done = stop
 
         # Boundaries' states live as long as their cache.
-        moved = [(0, source), *targets]
-        places = tuple((stop, y.data_ptr()) for stop, y in moved if y is not None)
+        start = words.linear.weight if words else source
+        places = tuple((stop, y.data_ptr()) for stop, y in targets)
+        origin = start.data_ptr() if isinstance(start, Tensor) else None
         known = self._of_cache.setdefault(kv, {})
-        self.graphs.run(known, (blocks[0], first, len(blocks), rows, splits, tree, places), work)
+        key = (*blocks[:1], first, len(blocks), rows, splits, tree, origin, places)
+        self.graphs.run(known, key, work)
 
     def _run_blocks(
         self,
@@ -252,17 +256,6 @@ class GpuPasses(Embedding):
         """Returns how many rows of the buffers a pass of ``width`` takes: whole tiles."""
         return 16 if width <= 16 else MAX_WIDTH
 
-    def _send_plan(self, position: int, width: int, nodes: Nodes | None) -> None:
-        """Tells the device where the rows stand; see :mod:`hispec_kernels.gpu.plan`."""
-        length = 4 if nodes is None else len(self._plan)
-        plan = np.zeros(length, np.int32)
-        plan[0], plan[1] = position, width
-        plan[2] = self._straight if nodes is None else nodes.root
-        if nodes is not None:
-            plan[4 : 4 + MAX_WIDTH] = nodes.depths_array
-            plan[4 + MAX_WIDTH :] = nodes.paths_array.ravel()
-        upload(plan, self._device, self._plan[:length])
-
     def probe(self, block: Block) -> None:
         """Builds the kernels of a pass and runs them once: one row of zeros, a tree, two tiles."""
         config = self._config
@@ -274,6 +267,7 @@ class GpuPasses(Embedding):
         self.run([block], self._x[:17], 0, kv, 0)
         states = torch.zeros(2, config.hidden_size, device=self._device)
         self.lift([block], states, [(1, states)], 0, 1, kv, 0)
+        self.lift([block], Words(block.qkv, [0]), [(0, states)], 0, 1, kv, 0)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 

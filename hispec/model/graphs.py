@@ -85,7 +85,7 @@ class Graphs:
             self._mark = before
 
     def _capture(self, work: Callable[[bool], None]) -> torch.cuda.CUDAGraph | None:
-        """Returns the graph of ``work``, or None where there is no memory for it."""
+        """Returns the graph of ``work``; None, and no more graphs, where it cannot be captured."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
@@ -93,13 +93,13 @@ class Graphs:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 work(True)
         except RuntimeError as error:
-            if not out_of_memory(error):
-                raise
             self.on = False
-            print(
-                "hispec: no memory left for CUDA graphs, so passes run kernel by kernel, which is "
-                "slower: lower --context.",
-                file=sys.stderr,
-            )
+            if out_of_memory(error):
+                why, advice = "no memory left for CUDA graphs", ": lower --context"
+            else:
+                first = (str(error).splitlines() or [type(error).__name__])[0]
+                why, advice = f"no CUDA graphs here ({first})", ""
+            slow = "so passes run kernel by kernel, which is slower"
+            print(f"hispec: {why}, {slow}{advice}.", file=sys.stderr)
             return None
         return graph

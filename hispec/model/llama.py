@@ -32,7 +32,7 @@ from hispec.model.gpu import gpu_passes
 from hispec.model.linear import Layout, Linear, onednn_available
 from hispec.model.native import NativePasses, native_library
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Passes, Rotary, Token
+from hispec.model.passes import Passes, Rotary, Token, Words
 from hispec.model.torch_passes import TorchPasses
 from hispec_kernels.attention import BUCKET
 from hispec_kernels.cpu import LAYOUTS
@@ -213,15 +213,15 @@ class Llama:
             nodes: the tree in the slots from its root on; without one, slots are positions.
             wide: a prefill's pass.
         """
-        visits, below, source = 0, 0, None
+        visits, below = 0, 0
+        source: Tensor | Words | None = None
         levels = cache.boundaries[: cache.boundaries.index(boundary) + 1]
         # Boundaries that lack the same slots are passed on one way.
         for start, group in groupby(levels, key=cache.computed.__getitem__):
             stops = list(group)
             if start < upto:
                 if source is None:
-                    source = cache.states[stops[0]]
-                    self.narrow.embed_into(self.embedding, tokens[start:upto], source, start)
+                    source = Words(self.embedding, tokens[start:upto])
                 self.lift(cache, source, below, stops, start, upto, nodes=nodes, wide=wide)
                 visits += (upto - start) * (stops[-1] - below)
             below, source = stops[-1], cache.states[stops[-1]]
@@ -265,7 +265,7 @@ class Llama:
     def lift(
         self,
         cache: Cache,
-        source: Tensor,
+        source: Tensor | Words,
         start: int,
         stops: Sequence[int],
         position: int,
@@ -278,7 +278,7 @@ class Llama:
 
         Args:
             cache: has a boundary at each of ``stops``.
-            source: (S, D), states after ``layers[0:start]`` by slot; may be one of theirs.
+            source: (S, D), states after ``layers[0:start]`` by slot, or the rows' tokens.
             start: first layer.
             stops: where states are left: ascending, the last one past the last layer.
             position: slot of the first row.
@@ -288,11 +288,9 @@ class Llama:
         """
         width = upto - position
         assert wide or width <= MAX_WIDTH, "a narrow pass takes MAX_WIDTH rows"
-        # An exit before the first layer has the embeddings.
-        targets = [(stop - start, cache.states[stop]) for stop in stops if stop > start]
-        if targets:
-            passes, blocks = self.wide if wide else self.narrow, self.blocks[start : stops[-1]]
-            passes.lift(blocks, source, targets, position, width, cache.kv, start, nodes)
+        passes, blocks = self.wide if wide else self.narrow, self.blocks[start : stops[-1]]
+        targets = [(stop - start, cache.states[stop]) for stop in stops]
+        passes.lift(blocks, source, targets, position, width, cache.kv, start, nodes)
 
     def run_layers(
         self,

@@ -23,7 +23,7 @@ from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig
 from hispec.model.linear import Layout, Linear
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Asked, Rotary, Token
+from hispec.model.passes import Asked, Rotary, Token, Words
 from hispec.model.records import Answers, Table, shape_of, taps_of, tree_of
 from hispec.model.store import cache_dir
 from hispec_kernels import cpu
@@ -119,7 +119,7 @@ class NativePasses:
     def lift(
         self,
         blocks: Sequence[Block],
-        source: Tensor,
+        source: Tensor | Words,
         targets: Sequence[tuple[int, Tensor]],
         position: int,
         width: int,
@@ -132,13 +132,17 @@ class NativePasses:
         By addresses: the weights have driven torch's own code from the caches, and a slice of a
         tensor takes 0.03 ms here, of a pass of 12.
         """
-        assert source.dtype == torch.float32 and position + width <= len(source)
-        size, target = 4 * self._config.hidden_size, targets[-1][1]
-        x = target.data_ptr() + position * size
-        if source is not target:
-            ctypes.memmove(x, source.data_ptr() + position * size, width * size)
-        taps = taps_of(targets, position * size)
-        self._call(blocks, x, width, kv, first, position=position, nodes=nodes, taps=taps)
+        target = targets[-1][1]
+        assert target.dtype == torch.float32 and position + width <= len(target)
+        at, size = 4 * position * self._config.hidden_size, 4 * width * self._config.hidden_size
+        x = target.data_ptr() + at
+        if isinstance(source, Words):
+            self._embed_at(source, x)
+        elif source is not target:
+            ctypes.memmove(x, source.data_ptr() + at, size)
+        if blocks:
+            taps = taps_of(targets, at)
+            self._call(blocks, x, width, kv, first, position=position, nodes=nodes, taps=taps)
 
     def run_texts(
         self,
@@ -201,19 +205,15 @@ class NativePasses:
     def embed(self, linear: Linear, tokens: Sequence[Token]) -> Tensor:
         """See :class:`~hispec.model.passes.Passes`; the result is fp32, no id is a tensor."""
         out = torch.empty(len(tokens), self._config.hidden_size)
-        self.embed_into(linear, tokens, out, 0)
+        self._embed_at(Words(linear, tokens), out.data_ptr())
         return out
 
-    def embed_into(
-        self, linear: Linear, tokens: Sequence[Token], states: Tensor, position: int
-    ) -> None:
-        """See :class:`~hispec.model.passes.Passes`."""
+    def _embed_at(self, words: Words, out: int) -> None:
+        linear, tokens = words
         if min(tokens) < 0 or max(tokens) >= linear.rows:
             raise IndexError(f"token ids must be in [0, {linear.rows - 1}]")
-        assert states.dtype == torch.float32 and position + len(tokens) <= len(states)
         ids = (ctypes.c_int64 * len(tokens))(*map(int, tokens))
         size = self._config.hidden_size
-        out = states.data_ptr() + 4 * position * size
         step = {"tiles": 32, "pairs": 2}.get(linear.layout, size)
         self._embed(linear.weight.data_ptr(), size, step, ids, len(ids), out)
 
@@ -333,10 +333,10 @@ class NativePasses:
         width, columns = place.end - place.first, head.columns
         k = min(asked.k, columns)
         found, odds = self._answers[width, k]
-        kv = 2 * config.num_kv_heads * config.head_dim
+        kv = 4 * late * config.num_kv_heads * config.head_dim
         parts = (
             width * (columns + 2 + columns // 64),
-            max(rows, late) * config.hidden_size + 2 * late * kv,
+            max(rows, late) * config.hidden_size + kv,
             max(
                 self._layers_room(rows, threads),
                 threads * (max(rows, late) + 16) * config.hidden_size,

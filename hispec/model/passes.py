@@ -51,6 +51,18 @@ class Asked(NamedTuple):
     odds: bool = True
 
 
+class Words(NamedTuple):
+    """Where no layer has run yet there are tokens in the place of states.
+
+    Attributes:
+        linear: whose weight's rows are the embeddings, (V, D).
+        ids: a row's each.
+    """
+
+    linear: Linear
+    ids: Sequence[Token]
+
+
 class Passes(Protocol):
     """What a model asks of a way to run its blocks.
 
@@ -92,7 +104,7 @@ class Passes(Protocol):
     def lift(
         self,
         blocks: Sequence[Block],
-        source: Tensor,
+        source: Tensor | Words,
         targets: Sequence[tuple[int, Tensor]],
         position: int,
         width: int,
@@ -104,9 +116,10 @@ class Passes(Protocol):
 
         Args:
             blocks: as there.
-            source: (S, D) states by slot, of the dtype that the cache keeps them in.
-            targets: pairs of n, ascending from 1 to all, and states likewise: where those after
-                ``blocks[:n]`` go. One of them may be ``source``.
+            source: (S, D) states by slot, of the dtype that the cache keeps them in; or the rows'
+                tokens.
+            targets: pairs of n, ascending to all, and states likewise: where those after
+                ``blocks[:n]`` go. One of them may be ``source``; n may be 0 for the embeddings.
             position: slot of the first row.
             width: W.
             kv: as there.
@@ -117,12 +130,6 @@ class Passes(Protocol):
 
     def embed(self, linear: Linear, tokens: Sequence[Token]) -> Tensor:
         """Returns the rows of an embedding, (T, D), for that many ids."""
-        ...
-
-    def embed_into(
-        self, linear: Linear, tokens: Sequence[Token], states: Tensor, position: int
-    ) -> None:
-        """Does the same into the slots from ``position`` on of ``states`` (S, D)."""
         ...
 
     def move(self, kv: KVCache, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -179,12 +186,6 @@ class Embedding:
     def embed(self, linear: Linear, tokens: Sequence[Token]) -> Tensor:
         """See :class:`Passes`."""
         return linear.take(ids_on(self._device, tokens))
-
-    def embed_into(
-        self, linear: Linear, tokens: Sequence[Token], states: Tensor, position: int
-    ) -> None:
-        """See :class:`Passes`."""
-        states[position : position + len(tokens)] = self.embed(linear, tokens)
 
 
 class Rotary:

@@ -38,7 +38,7 @@ def tree_of(nodes: Nodes) -> cpu.Nodes:
 def taps_of(
     targets: Sequence[tuple[int, Tensor]], offset: int
 ) -> ctypes.Array[ctypes.c_void_p] | None:
-    """Returns where states go behind each block but the last, whose are worked on in place.
+    """Returns where states go before each block; behind the last one they are worked on in place.
 
     Args:
         targets: see ``Passes.lift``.
@@ -48,7 +48,7 @@ def taps_of(
         return None
     taps = (ctypes.c_void_p * targets[-1][0])()
     for stop, states in targets[:-1]:
-        taps[stop - 1] = states.data_ptr() + offset
+        taps[stop] = states.data_ptr() + offset
     return taps
 
 

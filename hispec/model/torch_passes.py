@@ -22,8 +22,8 @@ from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig
 from hispec.model.linear import Linear
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Asked, Embedding, Rotary
-from hispec_kernels import decode_attention, rms_norm, rope_write, swiglu
+from hispec.model.passes import Asked, Embedding, Rotary, Words
+from hispec_kernels import compact, decode_attention, rms_norm, rope_write, swiglu
 from hispec_kernels.attention import BUCKET, ROWS
 
 
@@ -106,7 +106,7 @@ class TorchPasses(Embedding):
     def lift(
         self,
         blocks: Sequence[Block],
-        source: Tensor,
+        source: Tensor | Words,
         targets: Sequence[tuple[int, Tensor]],
         position: int,
         width: int,
@@ -116,9 +116,10 @@ class TorchPasses(Embedding):
     ) -> None:
         """See :class:`Passes`."""
         rows = slice(position, position + width)
-        x, done = source[rows], 0
+        x, done = self.embed(*source) if isinstance(source, Words) else source[rows], 0
         for stop, target in targets:
-            x = self.run(blocks[done:stop], x, position, kv, first + done, nodes)
+            if stop > done:
+                x = self.run(blocks[done:stop], x, position, kv, first + done, nodes)
             target[rows], done = x, stop
 
     def project(self, linear: Linear, x: Tensor, norm: Tensor | None = None) -> Tensor:
@@ -145,8 +146,8 @@ class TorchPasses(Embedding):
     def move(self, kv: KVCache, sources: Sequence[int], targets: Sequence[int]) -> None:
         """See :class:`Passes`."""
         device = kv.storage.device
-        moved = kv.storage.index_select(3, torch.tensor(sources, device=device))
-        kv.storage.index_copy_(3, torch.tensor(targets, device=device), moved)
+        places = (torch.tensor(slots, device=device) for slots in (sources, targets))
+        compact(kv.storage, *places)
 
     def _run_block(
         self, block: Block, x: Tensor, at: _Described, keys: Tensor, values: Tensor

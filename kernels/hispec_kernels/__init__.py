@@ -7,6 +7,7 @@ a hierarchy.
 """
 
 from hispec_kernels.attention import decode_attention
+from hispec_kernels.compact import compact
 from hispec_kernels.follow import follow
 from hispec_kernels.noise import gumbel, noisy
 from hispec_kernels.rms_norm import rms_norm
@@ -15,6 +16,7 @@ from hispec_kernels.swiglu import swiglu
 from hispec_kernels.top_k import gumbel_top_k, log_sum_exp, top_k
 
 __all__ = [
+    "compact",
     "decode_attention",
     "follow",
     "gumbel",

@@ -33,10 +33,12 @@ def test_every_stage_tiny(
     assert rows[0]["copy_gb_per_s"] > 0 and rows[0]["commit"]
     stages = {stage: [row for row in rows if row["stage"] == stage] for stage in script.STAGES}
     if importlib.util.find_spec("triton") is not None:
-        names = {row["kernel"] for row in stages["kernels"]}
+        names = {row["kernel"] for row in stages["kernels"] if "kernel" in row}
+        theirs = {row["peer"]: row for row in stages["kernels"] if "peer" in row}
+        assert {"torch.mm qkv", "torch rms_norm", "torch sdpa"} <= set(theirs)
         assert {"product qkv", "gated_product", "attention", "exit_head", "rope_write"} <= names
         assert {"attention tree", "add_rms_norm", "top_k", "noisy", "follow", "compact"} <= names
-        assert all(row["right"] and row["ms"] > 0 for row in stages["kernels"])
+        assert all(row["right"] and row["ms"] > 0 for row in stages["kernels"] if "why" not in row)
         exact, *others = [row for row in stages["ar"] if "passes" in row]
         assert exact["passes"] == "triton" and exact["numerics"] == "exact"
         assert {row["numerics"] for row in others} == {"fast"}
@@ -52,6 +54,15 @@ def test_every_stage_tiny(
     assert {row.get("way") for row in stages["shapes"]} >= {"layerskip 4", "hispec 2/4"}
     printed = capsys.readouterr().out
     assert all(f"\n{stage} (" in printed for stage in script.STAGES)
+
+
+def test_a_stage_ends_in_time(script: Any, capsys: Any) -> None:
+    command = ["--tiny", "--device", "cpu", "--only", "kernels", "--stage-s", "1e-9"]
+    assert script.main(command) == 0
+    printed, said = capsys.readouterr()
+    if importlib.util.find_spec("triton") is not None:
+        assert said == "kernels: cut off, 1e-09 s are over\n"
+        assert printed.count("product") == 1, "a row"
 
 
 @pytest.mark.parametrize(

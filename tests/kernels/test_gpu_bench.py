@@ -14,6 +14,7 @@ from helpers.lms import save_model
 
 from hispec.bench import gpu_methods, gpu_shapes
 from hispec.bench.gpu_kernels import Trial, measure
+from hispec.bench.gpu_peers import Peers, measure_peer
 from hispec.bench.gpu_picks import Picks, step_rows
 from hispec.bench.gpu_timing import Spans, poisoned
 from hispec.bench.methods import Engine, Outcome, Question
@@ -101,11 +102,36 @@ class Counted(Engine):
 
 def test_ours_warm_up_on_every_question_where_graphs_are() -> None:
     questions = [Question([1] * length, 3) for length in (2, 9, 4)]
-    for device, wanted in (("cuda", [2, 9, 4, 2, 9, 4]), ("cpu", [9])):
+    for device, wanted in (("cuda", [2, 2, 9, 9, 4, 4]), ("cpu", [9])):
         ours, theirs = Counted(), mock.Mock()
-        gpu_methods.warm_up([ours, theirs], questions, torch.device(device))
+        assert gpu_methods.warm_up([ours, theirs], questions, torch.device(device)) == questions
         assert ours.asked == wanted
         assert [len(call.args[0].ids) for call in theirs.call_args_list] == [9]
+    spent = iter((0.3, 0.7))
+    warm = gpu_methods.warm_up([ours], questions, torch.device("cuda"), lambda: next(spent))
+    assert warm == questions[:2], "when most of the time is over the rest is left out"
+
+
+def test_no_question_is_asked_when_time_is_over(lm: LM) -> None:
+    _, methods = engines(lm, {})
+    questions = [Question([3, 1, 4], 3), Question([1, 5], 3), Question([9, 2], 3)]
+    spent = iter((0.5, 1.1))
+    rows = gpu_methods.compare(lm, methods, questions, lambda: None, lambda: next(spent))
+    assert [row["prompts"] for row in rows] == [2]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("width", [1, 3])
+def test_others_kernels_are_held_against_the_references(width: int) -> None:
+    peers = Peers(gpu_shapes.shape("tiny", 200), width, 130, torch.float32, DEVICE)
+    rows = {name: measure_peer(make, torch.float32, 1.0) for name, make in peers.all()}
+    assert all(row["right"] for name, row in rows.items() if "liger" not in name)
+
+    def fails() -> Trial:
+        raise RuntimeError("not for this device\nreally")
+
+    row = measure_peer(fails, torch.float32, 1.0)
+    assert row == {"error": None, "right": None, "why": "not for this device"}
 
 
 def test_what_is_captured_under_the_clock_is_counted(
@@ -117,7 +143,7 @@ def test_what_is_captured_under_the_clock_is_counted(
     questions = [Question(list(range(3, 9)), 4)]
     monkeypatch.setattr(gpu_methods, "WATCHED", 0)
     with mock.patch.object(passes.graphs, "on", True), replaying():
-        with mock.patch.object(gpu_methods, "warm_up"):
+        with mock.patch.object(gpu_methods, "warm_up", lambda _, asked, *rest: asked):
             (cold,) = gpu_methods.compare(lm, methods, questions, lambda: None)
         (warm,) = gpu_methods.compare(lm, methods, questions, lambda: None)
     passes._of_heads.clear()

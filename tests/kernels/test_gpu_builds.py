@@ -80,6 +80,7 @@ build(rms_norm._add_rms_norm, (F, F, B, B, I, i, "fp32"), ADD=True, BLOCK=4096, 
 build(rope._rope_write, (F, F, F, B, B, B, I, i, i, i), SIZE=128, HALF=64, HEADS=8)
 for load in (True, False):
     build(copies._copy_rows, (F, F, I, i), LOAD=load, BLOCK=1024)
+    build(copies._embed_rows, (B, F, I, i), BLOCK=1024)
 for kind, size, group in ((B, 128, 4), ("*fp16", 64, 3), (F, 128, 8), (B, 256, 1)):
     types = (kind, kind, kind, I, F, F, F, "fp32", i, i, i)
     sizes = dict(ROWS=16, SIZE=size, BLOCK=size)

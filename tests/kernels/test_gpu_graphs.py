@@ -54,11 +54,12 @@ def test_a_graph_serves_its_whole_bucket(fp32: Llama) -> None:
 def test_a_graph_moves_the_states_of_its_own_boundaries(fp32: Llama) -> None:
     """Texts take turns, in caches of their own and with other boundaries."""
     passes, texts = fp32.narrow, ([3, 1, 4, 1, 5], [9, 2, 6, 5, 3], [5, 8, 9, 7, 9])
-    ways, texts = ([1, 3], [1, 3], [3], [3]), (*texts, texts[0])
+    kept = ([1, 3], [1, 3], [3], [1, 3], [0, 3], [0, 3])
+    ways, texts = ([1, 3], [1, 3], [3], [3], [0, 3], [3]), (*texts, *[texts[0]] * 3)
     assert isinstance(passes, GpuPasses)
 
     def everything() -> list[Tensor]:
-        caches = [fp32.new_cache(boundaries) for boundaries in ([1, 3], [1, 3], [3], [1, 3])]
+        caches = [fp32.new_cache(boundaries) for boundaries in kept]
         for upto in range(1, 6):
             for cache, tokens, way in zip(caches, texts, ways, strict=True):
                 for boundary in way:
@@ -69,10 +70,13 @@ def test_a_graph_moves_the_states_of_its_own_boundaries(fp32: Llama) -> None:
         wanted = everything()
     with mock.patch.object(passes.graphs, "on", True), replaying() as captured:
         found = everything()
-    assert len(captured) == 6  # a range of layers and its boundaries each, one of them two
+    assert len(captured) == 9  # a range of layers and its boundaries each; the embeddings alone
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
     assert not torch.equal(wanted[0], wanted[2]) and not torch.equal(wanted[1], wanted[4])
-    assert torch.equal(wanted[0], wanted[5]) and torch.equal(wanted[1], wanted[6])
+    *states, words, first, again, second = wanted
+    assert torch.equal(states[0], states[5]) and torch.equal(states[1], states[6])
+    assert torch.equal(words, again) and torch.equal(words, fp32.embed(texts[0]).float())
+    assert torch.equal(first, states[1]) and torch.equal(second, states[1])
 
 
 @torch.inference_mode()
@@ -116,20 +120,33 @@ def test_graphs_are_for_what_comes_back_and_can_be_switched_off(monkeypatch) -> 
     assert not graphs.Graphs(torch.device("cuda")).on
 
 
-def test_no_memory_for_graphs_means_no_graphs(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
+            "no memory left for CUDA graphs, so passes run kernel by kernel, which is slower: "
+            "lower --context.",
+        ),
+        (
+            RuntimeError("operation not permitted when stream is capturing\nCompile with"),
+            "no CUDA graphs here (operation not permitted when stream is capturing), so passes run "
+            "kernel by kernel, which is slower.",
+        ),
+    ],
+)
+def test_what_cannot_be_captured_runs_kernel_by_kernel(
+    error: Exception, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     ours = graphs.Graphs(torch.device("cuda"))
     done: list[bool] = []
-
-    def out_of_memory(*_: Any, **__: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
-
     with (
         mock.patch.object(torch.cuda, "graph_pool_handle", lambda: (0, 0)),
         mock.patch.object(torch.cuda, "CUDAGraph", object),
-        mock.patch.object(torch.cuda, "graph", out_of_memory, create=True),
+        mock.patch.object(torch.cuda, "graph", mock.Mock(side_effect=error), create=True),
     ):
         known: dict[Any, Any] = {}
         for _ in range(3):
             ours.run(known, "a", done.append)
     assert done == [False, False, False]
-    assert capsys.readouterr().err.count("no memory left for CUDA graphs") == 1
+    assert capsys.readouterr().err == f"hispec: {said}\n"

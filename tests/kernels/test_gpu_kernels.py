@@ -27,6 +27,7 @@ from helpers.gpu_rows import (
 from torch import Tensor
 
 from hispec.model.nodes import Nodes
+from hispec_kernels import compact as reference_compact
 from hispec_kernels import follow as reference_follow
 from hispec_kernels import swiglu
 from hispec_kernels.gpu import plan as plan_layout
@@ -36,7 +37,7 @@ from hispec_kernels.gpu.follow import follow
 from hispec_kernels.gpu.products import gated_product, product
 from hispec_kernels.gpu.rms_norm import add_rms_norm
 from hispec_kernels.gpu.rope import rope_write
-from hispec_kernels.gpu.rows import load_rows, store_rows
+from hispec_kernels.gpu.rows import embed_rows, load_rows, store_rows
 from hispec_kernels.rope import rotate
 
 
@@ -119,8 +120,8 @@ def plan_of(position: int, width: int, nodes: Nodes | None) -> Tensor:
     plan[0], plan[1] = position, width
     plan[2] = plan_layout.STRAIGHT if nodes is None else nodes.root
     if nodes is not None:
-        plan[4:36] = torch.from_numpy(nodes.depths_array)
-        plan[36:] = torch.from_numpy(nodes.paths_array).flatten()
+        plan[36:68] = torch.from_numpy(nodes.depths_array)
+        plan[68:] = torch.from_numpy(nodes.paths_array).flatten()
     return plan.to(DEVICE)
 
 
@@ -144,7 +145,11 @@ SHAPES = {"9/3": (9, 3, 64), "32/8": (32, 8, 16), "mha of 6": (2, 2, 6), "16/1":
 
 @pytest.mark.parametrize(
     ("shape", "position", "width", "tree"),
-    [("9/3", 0, 1, 0), ("32/8", 15, 3, 9), ("mha of 6", 40, 16, 16)],
+    [
+        *(("9/3", 0, 1, 0), ("9/3", 40, 3, 3), ("9/3", 20, 16, 5)),
+        *(("32/8", 63, 1, 1), ("32/8", 15, 3, 9), ("32/8", 48, 16, 0)),
+        ("mha of 6", 40, 16, 16),
+    ],
 )
 def test_rope_write(shape: str, position: int, width: int, tree: int, dtype: torch.dtype) -> None:
     heads, kv_heads, size = SHAPES[shape]
@@ -216,9 +221,10 @@ def attention_by_hand(
 
 
 def cells(kv_heads: int, size: int, known: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A cache of 512 positions; behind the ``known`` ones lie huge leftovers."""
-    keys = noise(kv_heads, 512, size, dtype=dtype, seed=1)
-    values = noise(kv_heads, 512, size, dtype=dtype, seed=2)
+    """A cache of whole buckets; behind the ``known`` positions lie huge leftovers."""
+    capacity = 512 * (1 + known // 512)
+    keys = noise(kv_heads, capacity, size, dtype=dtype, seed=1)
+    values = noise(kv_heads, capacity, size, dtype=dtype, seed=2)
     keys[:, known:], values[:, known:] = 1e4, -1e4
     return keys, values
 
@@ -226,15 +232,12 @@ def cells(kv_heads: int, size: int, known: int, dtype: torch.dtype) -> tuple[Ten
 @pytest.mark.parametrize(
     ("shape", "position", "width"),
     [
-        ("9/3", 0, 1),
-        ("9/3", 120, 17),
-        ("9/3", 127, 1),
-        ("9/3", 383, 2),
-        ("32/8", 0, 16),
-        ("32/8", 126, 3),
-        ("32/8", 128, 1),
-        ("mha of 6", 126, 1),
-        ("16/1", 255, 3),
+        # Round the borders of splits and of buckets: 128, 512, 1,024.
+        *(("9/3", at, 1) for at in (0, 127, 511)),
+        *(("9/3", 383, 2), ("9/3", 510, 3), ("9/3", 496, 16), ("9/3", 120, 17)),
+        *(("32/8", 128, 1), ("32/8", 126, 3), ("32/8", 0, 16)),
+        *(("mha of 6", at, 1) for at in (126, 512, 1023)),
+        *(("mha of 6", 1022, 3), ("mha of 6", 1017, 16), ("16/1", 255, 3)),
     ],
 )
 def test_attention_of_chains(shape: str, position: int, width: int, dtype: torch.dtype) -> None:
@@ -309,13 +312,26 @@ def test_rows_between_states_and_a_pass(size: int, width: int) -> None:
     assert torch.equal(states, before)
 
 
+@pytest.mark.parametrize(("width", "size"), [(1, 1), (3, 33), (16, 576), (2, 1500)])
+def test_embeddings_of_a_pass(width: int, size: int, dtype: torch.dtype) -> None:
+    words, x = noise(50, size, dtype=dtype), noise(16, size)
+    plan = plan_of(40, width, None)
+    ids = torch.randint(50, (width,), generator=torch.Generator().manual_seed(width)).to(DEVICE)
+    plan[plan_layout.IDS : plan_layout.IDS + width] = ids
+    wanted = torch.cat([words[ids].float(), x[width:]])
+    embed_rows(words, plan, x)
+    assert torch.equal(x, wanted)
+
+
 @pytest.mark.parametrize(("kept", "real"), [((0, 2, 3, 5, 6), 5), ((0, 1, 4), 3), ((0, 9), 1)])
 def test_compact(kept: Sequence[int], real: int, dtype: torch.dtype) -> None:
     root, storage = 20, noise(2, 2, 3, 64, 6, dtype=dtype)
     before = storage.clone()
     moves = [(root + node, root + new) for new, node in enumerate(kept) if new != node][:real]
     sources, targets = (torch.tensor(x, device=DEVICE) for x in zip(*moves, strict=True))
-    wanted = before.index_copy(3, targets, before.index_select(3, sources))
+    wanted = before.clone()
+    reference_compact(wanted, sources, targets)
+    assert all(torch.equal(wanted[..., b, :], before[..., a, :]) for a, b in moves)
     compact(storage, sources, targets, torch.tensor([len(moves)], device=DEVICE))
     assert torch.equal(storage, wanted)
     compact(storage, sources, targets, torch.tensor([0], device=DEVICE))

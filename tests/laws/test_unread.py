@@ -20,6 +20,7 @@ from hispec.bench.recorder import Recorder
 from hispec.generation import LM
 from hispec.hierarchy import Hierarchy, Level
 from hispec.model.level import Separate
+from hispec.model.passes import Words
 from hispec.result import Result
 from hispec.sampling import Sampling
 
@@ -35,13 +36,15 @@ SAMPLINGS = {
 def unread(lm: LM | Separate) -> Iterator[list[int]]:
     """Inside, looking at what the model's passes find is put off; yields how much was, by pass."""
     passes, left = lm.model.narrow, []
-    embed = passes.embed_into
+    lift = passes.lift
 
-    def embedded(linear: Any, tokens: Any, states: Any, position: int) -> None:
-        left.append(sum(isinstance(token, torch.Tensor) for token in tokens))
-        embed(linear, [int(token) for token in tokens], states, position)
+    def lifted(blocks: Any, source: Any, *rest: Any) -> None:
+        if isinstance(source, Words):
+            left.append(sum(isinstance(token, torch.Tensor) for token in source.ids))
+            source = source._replace(ids=[int(token) for token in source.ids])
+        lift(blocks, source, *rest)
 
-    with mock.patch.multiple(passes, asynchronous=True, embed_into=embedded):
+    with mock.patch.multiple(passes, asynchronous=True, lift=lifted):
         yield left
 
 

@@ -121,7 +121,7 @@ static void NAME(normed)(const float *x, const float *weight, int64_t width, int
    or NULL.
 
    x        (W, D) fp32, in and out
-   taps     for each block where x goes behind it besides, or NULL; NULL where none does
+   taps     for each block where x goes before it besides, or NULL; NULL where none does
    cos, sin (S, D_h), all positions, the first half of sin negated
    scratch  (W + 16) * ((2 H + 2 H_kv) * D_h + I + threads * D) floats, 64-byte aligned */
 void NAME(run_layers)(const layer_t *layers, int64_t count, const shape_t *shape, float *x,
@@ -147,6 +147,10 @@ void NAME(run_layers)(const layer_t *layers, int64_t count, const shape_t *shape
     for (int64_t i = 0; i < count; i++) {
       const layer_t *layer = layers + i;
       STORE_T *keys = layer->keys, *values = layer->values;
+      if (taps && taps[i]) { /* x is not written before the first barrier */
+        const int64_t from = share(width, id, team) * D, upto = share(width, id + 1, team) * D;
+        memcpy(taps[i] + from, x + from, (upto - from) * sizeof(float));
+      }
       NAME(normed)(x, layer->attention_norm, width, D, shape->eps, normed);
       NAME(product)(layer->qkv, layer->qkv_scale, layer->qkv_bias, FROM(QKV), UPTO(QKV), QKV, D, normed, width, qkv, 0,
                     (const WEIGHT_T *)layer->output + FROM(D) * HD);
@@ -191,11 +195,6 @@ void NAME(run_layers)(const layer_t *layers, int64_t count, const shape_t *shape
       NAME(product)(layer->down, layer->down_scale, layer->down_bias, FROM(D), UPTO(D), D, I, hidden, width, x, 1,
                     then + FROM(QKV) * D);
 #pragma omp barrier
-      /* The next block does not write x before its first barrier. */
-      if (taps && taps[i]) {
-        const int64_t from = share(width, id, team) * D, upto = share(width, id + 1, team) * D;
-        memcpy(taps[i] + from, x + from, (upto - from) * sizeof(float));
-      }
     }
 #if BF16 && HAS_AMX
     tiles_off();

@@ -63,7 +63,7 @@ def _attend_split(
         seen = place <= reach
         node = tl.load(plan_ptr) + mine - root
         behind = seen & (place >= tl.where(on_tree, root, 0x7FFFFFFF))
-        hop = tl.load(plan_ptr + 36 + node * 32 + place - root, mask=behind, other=0)
+        hop = tl.load(plan_ptr + 68 + node * 32 + place - root, mask=behind, other=0)
         slots = tl.where(behind, root + hop, place)
         lane = tl.arange(0, BLOCK)
         inside = lane < SIZE

@@ -1,4 +1,4 @@
-"""A tree's kept nodes move to the slots in which plain decoding would have put them.
+"""A tree's kept nodes move, in all layers at once.
 
 Moves go down and in order, each target below its source and above the targets before it. So a
 program that owns some dimensions of one head may do them one by one, in place.
@@ -25,7 +25,7 @@ def _compact(cells_ptr, source_ptr, target_ptr, count_ptr, capacity, size, BLOCK
 def compact(cells: Tensor, sources: Tensor, targets: Tensor, count: Tensor) -> None:
     """After the call slot ``targets[i]`` of all cells holds what ``sources[i]`` held, i < count.
 
-    The reference is ``cells.index_copy_(-2, targets, cells.index_select(-2, sources))``.
+    The reference is :func:`hispec_kernels.compact.compact`.
 
     Args:
         cells: (…, S, D_h), contiguous.

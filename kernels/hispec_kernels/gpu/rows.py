@@ -1,7 +1,8 @@
-"""States between a boundary's slots and the rows of a pass, copied inside the pass's own graph.
+"""The rows of a pass: where they come from and go to, inside of the pass's own graph.
 
+    embed_rows    x[r] ← words[ids[r]]              for the plan's rows and ids
     load_rows     x[r] ← states[slot + r]
-    store_rows    states[slot + r] ← x[r]           for the plan's rows
+    store_rows    states[slot + r] ← x[r]
 
 Copies by slices would be launches of their own, each as dear to the host as the whole graph.
 """
@@ -25,6 +26,35 @@ def _copy_rows(source_ptr, target_ptr, plan_ptr, size, LOAD: tl.constexpr, BLOCK
             tl.store(target_ptr + place + lane, tl.load(source_ptr + slot + lane, mask=mask), mask)
         else:
             tl.store(target_ptr + slot + lane, tl.load(source_ptr + place + lane, mask=mask), mask)
+
+
+@triton.jit
+def _embed_rows(words_ptr, x_ptr, plan_ptr, size, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    if row < tl.load(plan_ptr + 1):
+        word = tl.load(plan_ptr + 4 + row).to(tl.int64) * size
+        lane = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        mask = lane < size
+        x = tl.load(words_ptr + word + lane, mask=mask).to(tl.float32)
+        tl.store(x_ptr + row.to(tl.int64) * size + lane, x, mask)
+
+
+def embed_rows(words: Tensor, plan: Tensor, x: Tensor, rows: int | None = None) -> None:
+    """After the call the plan's rows of ``x`` hold the embeddings of its ids.
+
+    The reference is ``x[:width] = words[ids]``.
+
+    Args:
+        words: (V, D) of any floating dtype.
+        plan: see :mod:`hispec_kernels.gpu.plan`; its ids are below V.
+        x: (R, D) fp32; rows behind the plan's are left alone.
+        rows: programs to start, at least the plan's width; R by default.
+    """
+    size = words.shape[1]
+    block = min(triton.next_power_of_2(size), 1024)
+    _embed_rows[(rows or len(x), triton.cdiv(size, block))](
+        *(words, x, plan, size), BLOCK=block, num_warps=4
+    )
 
 
 def load_rows(states: Tensor, plan: Tensor, x: Tensor, rows: int | None = None) -> None:
