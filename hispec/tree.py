@@ -62,17 +62,27 @@ class Tree:
         """Returns the tokens by node, the unread ones as the device has them."""
         return [self._unread.get(node, token) for node, token in enumerate(self.tokens)]
 
-    def read(self) -> None:
-        """Looks at all unread tokens at once."""
-        if not self._unread:
-            return
-        ids = torch.stack(list(self._unread.values())).tolist()  # sync: the host walks
-        for node, token in zip(self._unread, ids, strict=True):
+    def read(self, beside: Tensor | None = None) -> list[int]:
+        """Looks at all unread tokens at once, and at other ids beside them.
+
+        Args:
+            beside: int64, on the tokens' device; returned by element.
+        """
+        parts = [torch.stack(list(self._unread.values()))] if self._unread else []
+        if beside is not None:
+            parts.append(beside.flatten())
+        if not parts:
+            return []
+        looked = parts[0] if len(parts) == 1 else torch.cat(parts)
+        ids: list[int] = looked.tolist()  # sync: the host walks
+        unread = len(self._unread)
+        for node, token in zip(self._unread, ids[:unread], strict=True):
             parent = self.nodes.parents[node]
             del self._children[parent, UNREAD]
             self._children[parent, token] = node
             self.tokens[node] = token
         self._unread.clear()
+        return ids[unread:]
 
     def child(self, node: int, token: int) -> int | None:
         """Returns the child of ``node`` that holds ``token``, if there is one."""

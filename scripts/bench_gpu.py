@@ -3,7 +3,7 @@
     python scripts/bench_gpu.py --model smollm2-135m --out gpu            # all stages
     python scripts/bench_gpu.py --only kernels,ar --shapes 8B --out gpu
 
-Stages, each --stage-s long at most (what is left out then is said):
+Stages; what one has not begun after --stage-s is left out, and said to be:
 
     kernels   every kernel against fp64 on fresh inputs, outputs poisoned; then its time over the
               bytes it must move at the measured copy bandwidth; torch's and, where they are
@@ -24,17 +24,19 @@ that it works: seconds, in Triton's interpreter where TRITON_INTERPRET=1 is set,
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hispec.bench import gpu_shapes
-from hispec.bench.gpu_kernels import measure, tilings
+from hispec.bench.gpu_kernels import Trial, measure, tilings
 from hispec.bench.gpu_peers import Peers, measure_peer
 from hispec.bench.gpu_picks import LISTED, Picks, step_rows
 from hispec.bench.gpu_timing import copy_gb_per_s
@@ -43,10 +45,12 @@ from hispec.bench.provenance import _commit, collect, cpu_name
 from hispec.errors import HispecError, UsageError
 from hispec.generation import LM
 from hispec.loading import load
-from hispec.model.device import choose, dtype_name
+from hispec.model.device import choose, dtype_name, out_of_memory
 from hispec_kernels import gpu
 
 Row = dict[str, Any]
+#: Rows of the passes in which kernels are timed.
+WIDTHS = (1, 8, 16, 32)
 OURS = ("layerskip", "hispec", "hd", "auto")
 
 
@@ -82,6 +86,27 @@ class Bench:
         """Returns the share of a stage's time that is over."""
         return (time.perf_counter() - self.started) / self.args.stage_s
 
+    def late(self, what: str) -> bool:
+        """Returns whether a stage's time is over, and says what is left out then."""
+        late = self.spent() > 1
+        if late:
+            print(f"{what}: left out, {self.args.stage_s:g} s are over", file=sys.stderr)
+        return late
+
+    def guarded(self, what: Row, make: Callable[[], Iterable[Row]]) -> list[Row]:
+        """Returns the rows that ``make`` does; one that says why, where it fails."""
+        try:
+            return list(make())
+        except UsageError:
+            raise
+        except (RuntimeError, HispecError) as error:  # the rest may well run
+            full = isinstance(error, RuntimeError) and out_of_memory(error)
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            advice = ": leave it out (--shapes), or lower --limit" if full else ""
+            return [{**what, "right": False, "why": why + advice}]
+        finally:
+            torch.cuda.empty_cache()
+
     def write(self, row: Row) -> None:
         """Appends a row to --out."""
         if self.args.out:
@@ -108,53 +133,63 @@ def kernels(bench: Bench) -> Iterator[Row]:
         print(f"kernels: left out, {why}", file=sys.stderr)
         return
     dtype = torch.float32 if bench.args.tiny else bench.dtype  # bf16 is wrong in the interpreter
-    for name in bench.shapes():
-        for width in (3,) if bench.args.tiny else (1, 8, 16, 32):
-            context = 130 if bench.args.tiny else 1024
-            config = gpu_shapes.shape(name, context + 64)
-            what = (config, width, context, dtype, bench.device)
-            cases, peers = Picks(*what), Peers(*what)
-            for tell, those, key in (
-                (measure, cases, "kernel"),
-                (measure_peer, peers, "peer"),
-            ):
-                for kernel, make in those.all():
-                    row = tell(make, dtype, bench.ceiling)
-                    yield {"shape": name, "width": width, key: kernel, **row}
-                    torch.cuda.empty_cache()
-            if bench.args.tilings and width == 1 and bench.device.type == "cuda":
-                for row in tilings(cases, bench.ceiling):
-                    yield {"shape": name, "width": width, **row}
+    for name, width in itertools.product(bench.shapes(), (3,) if bench.args.tiny else WIDTHS):
+        context = 130 if bench.args.tiny else 1024
+        config = gpu_shapes.shape(name, context + 64)
+        what = (config, width, context, dtype, bench.device)
+        cases, where = Picks(*what), {"shape": name, "width": width}
+        if bench.late(f"kernels of {name} at {width} rows"):
+            continue
+        for kernel, make in cases.all():
+            row = {**where, "kernel": kernel}
+            for found in bench.guarded({}, partial(_measured, make, dtype, bench.ceiling)):
+                yield {**row, **found}
+        for kernel, make in Peers(*what).all():
+            yield {**where, "peer": kernel, **measure_peer(make, dtype, bench.ceiling)}
+            torch.cuda.empty_cache()
+        if bench.args.tilings and width == 1 and bench.device.type == "cuda":
+            for row in tilings(cases, bench.ceiling):
+                yield {**where, **row}
+
+
+def _measured(make: Callable[[], Trial], dtype: torch.dtype, ceiling: float) -> list[Row]:
+    return [measure(make, dtype, ceiling)]
 
 
 def ar(bench: Bench) -> Iterator[Row]:
     """Plain decoding of random shapes."""
     for name in bench.shapes():
-        context = 20 if bench.args.tiny else 512
-        with torch.inference_mode():
-            model = gpu_shapes.random_llama(name, _real(bench), bench.device, context + 512)
-            rows = gpu_shapes.plain_rows(name, model, context, bench.repeats, bench.ceiling)
-            del model
-        torch.cuda.empty_cache()
-        yield from rows
-        exact = rows[0]
-        if exact["ratio"] < LISTED and not gpu.why_not(bench.device):
-            config = gpu_shapes.shape(name, context + 64)
-            cases = Picks(config, 1, context, _real(bench), bench.device)
-            for row in step_rows(cases, exact["ms"], bench.ceiling):
-                yield {"shape": name, **row}
-            torch.cuda.empty_cache()
+        if not bench.late(f"plain decoding of {name}"):
+            yield from bench.guarded({"shape": name}, partial(_plain, bench, name))
+
+
+def _plain(bench: Bench, name: str) -> Iterator[Row]:
+    context = 20 if bench.args.tiny else 512
+    model = gpu_shapes.random_llama(name, _real(bench), bench.device, context + 512)
+    yield {"shape": name, "check": "rows alone and together", **gpu_shapes.rows_agree(model)}
+    rows = gpu_shapes.plain_rows(name, model, context, bench.repeats, bench.ceiling)
+    yield from rows
+    del model
+    torch.cuda.empty_cache()
+    exact = rows[0]
+    if exact["ratio"] < LISTED and not gpu.why_not(bench.device):
+        config = gpu_shapes.shape(name, context + 64)
+        cases = Picks(config, 1, context, _real(bench), bench.device)
+        for row in step_rows(cases, exact["ms"], bench.ceiling):
+            yield {"shape": name, **row}
 
 
 def shapes(bench: Bench) -> Iterator[Row]:
     """The planner's curve on real costs."""
     for name in bench.shapes():
-        context = 20 if bench.args.tiny else 512
-        with torch.inference_mode():
-            model = gpu_shapes.random_llama(name, _real(bench), bench.device, context + 512)
-            yield from gpu_shapes.curve_rows(name, model, context, bench.repeats)
-            del model
-        torch.cuda.empty_cache()
+        if not bench.late(f"passes of {name}"):
+            yield from bench.guarded({"shape": name}, partial(_curve, bench, name))
+
+
+def _curve(bench: Bench, name: str) -> list[Row]:
+    context = 20 if bench.args.tiny else 512
+    model = gpu_shapes.random_llama(name, _real(bench), bench.device, context + 512)
+    return gpu_shapes.curve_rows(name, model, context, bench.repeats)
 
 
 def _real(bench: Bench) -> torch.dtype:
@@ -209,10 +244,15 @@ def compare(
     limit = 4 if bench.args.tiny else bench.args.max_new_tokens
     questions = [Question(lm.encode(prompt.chat(0, [])), limit) for prompt in prompts]
     cuda = bench.device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated if cuda else None
     clear = torch.cuda.reset_peak_memory_stats if cuda else lambda: None
-    for row in gpu_methods.compare(lm, methods, questions, clear, spent):
-        memory = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
-        yield {"method": row.pop("method"), "dtype": dtype, **row, "memory_gib": memory}
+    asked = len(questions)
+    for row in gpu_methods.compare(lm, methods, questions, clear, memory, spent):
+        asked = row["prompts"]
+        yield {"method": row.pop("method"), "dtype": dtype, **row}
+    if asked < len(questions):
+        over = f"{bench.args.stage_s:g} s are over"
+        print(f"{dtype}: {len(questions) - asked} questions left out, {over}", file=sys.stderr)
 
 
 STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
@@ -224,8 +264,14 @@ STAGES: dict[str, Callable[[Bench], Iterator[Row]]] = {
 }
 
 
-#: Stages whose rows come one by one; the others ask fewer questions.
-CUT = ("kernels", "ar", "shapes")
+def chained(bench: Bench, stage: str) -> Iterator[Row]:
+    """Yields a stage's rows, and one more if it fails in between."""
+    rows = STAGES[stage](bench)
+    while True:
+        (row, *_) = bench.guarded({}, partial(itertools.islice, rows, 1)) or [None]
+        if row is None:
+            return
+        yield row
 
 
 def tables(rows: list[Row]) -> str:
@@ -285,19 +331,19 @@ def main(arguments: list[str] | None = None) -> int:
         wrong = next((x for x in args.shapes.split(",") if x not in gpu_shapes.SHAPES), None)
         if wrong:
             raise UsageError(f"unknown shape {wrong!r}. Known: {', '.join(gpu_shapes.SHAPES)}.")
+        if args.stage_s <= 0:
+            raise UsageError(f"--stage-s must be above 0, got {args.stage_s:g}.")
         bench = Bench(args)
         print(f"{bench.machine()['device']}: a copy moves {bench.ceiling:.0f} GB/s", flush=True)
         failed = False
         for stage in stages:
             bench.started, rows = time.perf_counter(), []
             with torch.inference_mode():
-                for row in STAGES[stage](bench):
+                for row in chained(bench, stage):
                     bench.write({"stage": stage, **row})
                     failed |= row.get("right") is False and "peer" not in row
+                    failed |= bool(row.get("exact") and row["differ"])
                     rows.append(row)
-                    if stage in CUT and bench.spent() > 1:
-                        print(f"{stage}: cut off, {args.stage_s:g} s are over", file=sys.stderr)
-                        break
             print(f"\n{stage} ({bench.spent() * args.stage_s:.0f} s)")
             print(tables(rows) if rows else "nothing", flush=True)
         return int(failed)

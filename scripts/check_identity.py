@@ -284,7 +284,7 @@ def check(
     found = compare_bits(lm, long_texts(pieces, length, args.positions), args.positions)
     took = round(time.perf_counter() - started, 1)
     write({"kind": "bits", "dtype": dtype, **asdict(found), "took_s": took})
-    rows = f"{found.rows_that_differ} of {found.positions + found.wrong} rows of logits"
+    rows = f"{found.rows_that_differ} of {found.rows} rows of logits"
     company = f"{found.trees} trees, contexts to {found.longest} tokens"
     print(f"  bits: {found.bits_that_differ} differ in {rows} ({company})")
     print(f"  picks: {found.picks_that_differ} rows' best ids or odds differ")

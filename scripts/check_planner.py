@@ -17,9 +17,11 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,12 @@ from hispec.planner.costs import cost_table
 from hispec.planner.simulator import Forecast, forecast
 from hispec.planner.synthetic import Script, scripted
 from hispec.result import Result
+from hispec.streaming import Stream
 
 #: What must be forecast within a tenth.
 PRESETS = ("auto", "hd", "layerskip", "hispec")
+#: Tokens that plain decoding and a hierarchy of synthetic exits yield in turn.
+TURN = 12
 #: Synthetic exits' rates: of each to agree with the next, where the one below agrees and where not.
 SYNTHETIC = (
     ((4, 2), ((0.6, 0.6),)),
@@ -142,12 +147,13 @@ def real(lm: LM, args: argparse.Namespace) -> list[dict[str, Any]]:
 def synthetic(lm: LM, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Returns simulations of exits with chosen rates, and what the engine made of the same.
 
-    The machine is not the same from one minute to the next. So costs are measured in every repeat,
-    plain decoding runs right before every hierarchy, and each forecast is held against the
-    measurement next to it.
+    The machine is not the same from one second to the next. So costs are measured in every repeat,
+    plain decoding and the hierarchy take turns every few tokens, and each forecast is held against
+    the measurement next to it.
     """
     prompt = lm.encode("Tell a long story about a lighthouse.")
-    lm.eos = frozenset()  # the text goes on as long as is wanted
+    beside = LM(lm.checkpoint, lm.model)  # has a cache of its own
+    lm.eos = beside.eos = frozenset()  # the text goes on as long as is wanted
     text = lm.generate(prompt, hierarchy=AR, max_new_tokens=args.tokens + 64).token_ids
     runs = [_Run(numbers, rates) for numbers, rates in SYNTHETIC]
     exits = sorted({layer for run in runs for layer in run.hierarchy.exit_layers})
@@ -163,18 +169,36 @@ def synthetic(lm: LM, args: argparse.Namespace) -> list[dict[str, Any]]:
             heads = {layer: lm.head(layer) for layer in exits}
             costs = cost_table(lm.model, heads, len(prompt) + args.tokens // 2, anew=True)
         for run in runs:
-            plain = lm.generate(prompt, hierarchy=AR, max_new_tokens=args.tokens, learn=False)
-            fit = fitted(costs, plain)
             chosen = script(run, run.hierarchy.exit_layers)
             with scripted(lm._heads, chosen):
-                done = lm.generate(
-                    prompt, hierarchy=run.hierarchy, max_new_tokens=args.tokens, learn=False
+                plain, done = by_turns(
+                    one.stream(prompt, hierarchy=x, max_new_tokens=args.tokens, learn=False)
+                    for one, x in ((beside, AR), (lm, run.hierarchy))
                 )
+            fit = fitted(costs, plain)
             assert done.token_ids == plain.token_ids, "drafting changed a token"
             wanted = forecast(chain_of(run.hierarchy), fit, chosen.acceptance())
             run.add(plain, done, wanted, fit)
         print(f"repeat {repeat + 1} of {args.repeats}", file=sys.stderr)
     return [run.row() for run in runs]
+
+
+def by_turns(streams: Iterable[Stream]) -> list[Result]:
+    """Walks streams that take turns; the time of a result's decoding is that of its own turns."""
+    both = list(streams)
+    walks = [stream.tokens() for stream in both]
+    taken = [0.0 for _ in walks]
+    for walk in walks:
+        next(walk)  # the prompt
+    going = list(range(len(walks)))
+    while going:
+        for place in list(going):
+            started = time.perf_counter()
+            some = sum(1 for _ in islice(walks[place], TURN))
+            taken[place] += time.perf_counter() - started
+            if some < TURN:
+                going.remove(place)
+    return [replace(x.result, decode_s=s) for x, s in zip(both, taken, strict=True)]
 
 
 class _Run:
@@ -205,18 +229,23 @@ class _Run:
         self.predicted, self.costs = wanted, costs
 
     def row(self) -> dict[str, Any]:
-        """Returns the repeats' medians, each column's its own, and the repeats."""
+        """Returns all repeats as one: the medians of times, tokens of all rounds.
+
+        How many tokens a round has is a matter of draws, and known the better the more there are.
+        """
         measured = [repeat["measured"] for repeat in self.repeats]
-        ratios = [repeat["predicted"] / repeat["measured"] for repeat in self.repeats]
         target = self.passes["target"]
+        rounds = statistics.median(x["plain_ms"] / x["round_ms"] for x in self.repeats)
+        found = self.committed / target * rounds
+        predicted = statistics.median(repeat["predicted"] for repeat in self.repeats)
         return {
             "name": f"{self.hierarchy.name} {self.rates}",
             "counts": True,
-            "predicted": statistics.median(repeat["predicted"] for repeat in self.repeats),
-            "measured": statistics.median(measured),
+            "predicted": predicted,
+            "measured": found,
             "low": min(measured),
             "high": max(measured),
-            "error": statistics.median(ratios) - 1,
+            "error": predicted / found - 1,
             "predicted_tokens_per_pass": self.predicted.tokens_per_pass,
             "tokens_per_pass": self.committed / target,
             "predicted_passes": dict(self.predicted.passes),

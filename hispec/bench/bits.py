@@ -32,9 +32,9 @@ class Bits:
     Attributes:
         positions: of the texts, behind what was prefilled.
         longest: context.
-        passes: of several rows, each from one exit to the next.
-        trees: of them all, trees of which some nodes were wrong.
-        wrong: rows of nodes that no text holds.
+        passes: each from one exit to the next, or past exits that nothing is asked of.
+        trees: runs of the text, each a few passes, that were trees.
+        rows: compared, those of wrong branches included.
         rows_that_differ: by at least a bit of their logits.
         bits_that_differ: of these logits.
         picks_that_differ: rows whose best ids, or their odds, are not the same bits.
@@ -44,7 +44,7 @@ class Bits:
     longest: int = 0
     passes: int = 0
     trees: int = 0
-    wrong: int = 0
+    rows: int = 0
     rows_that_differ: int = 0
     bits_that_differ: int = 0
     picks_that_differ: int = 0
@@ -61,7 +61,7 @@ def compare_bits(lm: LM, texts: Sequence[list[int]], rows: int, seed: int = 0) -
     Args:
         lm: the model, and the exits of ``hispec`` at which passes are cut.
         texts: ids, longer than ``WARM`` to be of use.
-        rows: the texts' own; those of wrong branches are compared besides.
+        rows: the texts' own; a wrong branch of each tree is compared besides.
         seed: of widths, cuts and branches.
     """
     found, draw, turns = Bits(), random.Random(seed), cycle((False, True))
@@ -95,14 +95,15 @@ class _Two:
         """Runs the text some way on, and compares."""
         model, text, root = self.model, self.text, self.at
         nodes, tokens, right = self._grow(branches=trees)
-        for boundary in self.company.boundaries:  # each level may come in passes of its own
+        *exits, top = self.company.boundaries
+        # Each exit may come in passes of its own, or not at all.
+        for boundary in [*(x for x in exits if self.draw.random() < 0.7), top]:
             while self.company.computed[boundary] < root + len(nodes):
                 known = self.company.computed[boundary]
                 upto = self.draw.randint(known + 1, root + len(nodes))
                 model.advance(self.company, text[:root] + tokens, upto, boundary, nodes=nodes)
                 self.found.passes += 1
-        last = self.company.boundaries[-1]
-        states = self.company.states[last][root : root + len(nodes)]
+        states = self.company.states[top][root : root + len(nodes)]
         places = nodes.positions(root, root + len(nodes))
         logits, best = model.logits(states), self._best(states, places)
         wrong = [nodes.path(node) for node in range(len(nodes)) if node not in right]
@@ -111,8 +112,8 @@ class _Two:
             self.alone.truncate(root)
             line = text[:root] + [tokens[node] for node in path]
             for place, node in enumerate(path, root):
-                model.advance(self.alone, line, place + 1, last)
-                state = self.alone.states[last][place : place + 1]
+                model.advance(self.alone, line, place + 1, top)
+                state = self.alone.states[top][place : place + 1]
                 bits = differing_bits(model.logits(state)[0], logits[node])
                 self.found.rows_that_differ += bits > 0
                 self.found.bits_that_differ += bits
@@ -123,7 +124,7 @@ class _Two:
                     for a, b in zip(ours, theirs, strict=True)
                 )
                 self.found.picks_that_differ += not same
-                self.found.wrong += node not in right
+                self.found.rows += 1
         model.keep(self.company, root, right)
         self.at = root + len(right)
         self.found.positions += len(right)

@@ -73,6 +73,7 @@ class Cases:
         self.dtype, self.device = dtype, device
         self.rows = 16 if width <= 16 else MAX_WIDTH
         self.seed = 0
+        self.words: Tensor | None = None  # (V, D)
         self.nodes = Nodes(context)
         for node in range(1, width):
             self.nodes.append((node - 1) // 2)  # each node has two children
@@ -176,7 +177,9 @@ class Cases:
         from hispec_kernels.gpu.rows import embed_rows
 
         vocab, size = self.matrices()["head"]
-        n, plan, words = self.width, self.plan.clone(), self.noise(vocab, size)
+        if self.words is None:  # one table for all trials: it is far larger than what is read
+            self.words = self.noise(vocab, size)
+        n, plan, words = self.width, self.plan.clone(), self.words
         self.seed += 1
         draw = torch.Generator(self.device).manual_seed(self.seed)
         ids = torch.randint(vocab, (n,), generator=draw, device=self.device)

@@ -74,7 +74,8 @@ def compare(
     lm: LM,
     methods: Sequence[Method],
     questions: Sequence[Question],
-    clear: Callable[[], None],
+    clear: Callable[[], None] = lambda: None,
+    memory: Callable[[], int] | None = None,
     spent: Callable[[], float] = lambda: 0.0,
 ) -> Iterator[Row]:
     """Yields a row a method: every question answered by each in turn, after a warm-up.
@@ -83,17 +84,19 @@ def compare(
         lm: the model.
         methods: plain decoding first.
         questions: what is asked.
-        clear: called before the first timed answer.
+        clear: forgets the peak of ``memory``.
+        memory: the most bytes that were in use at once, the weights of all that is loaded included.
         spent: the share of the time there is; once it is over, no further question is asked.
     """
     model = lm.model
     questions = warm_up(methods, questions, model.device, spent)
-    clear()
     totals = {method.name: _Total(method, model.narrow) for method in methods}
     for number, question in enumerate(questions):
         wanted: list[int] | None = None
         for method in methods:
+            clear()
             outcome = totals[method.name].answer(question, wanted)
+            totals[method.name].used(memory() if memory else None)
             wanted = outcome.token_ids if wanted is None else wanted
         for method in methods if number < WATCHED else ():
             totals[method.name].watch(question, model.device)
@@ -119,6 +122,7 @@ class _Total:
         self._counts = dict.fromkeys(("prompts", "tokens", "passes", "differ", "captures"), 0)
         self._decode_s = self._ttft_s = self._levels_s = 0.0
         self._watched_s = self._busy_s = 0.0
+        self._memory: int | None = None
 
     def answer(self, question: Question, wanted: Sequence[int] | None) -> Outcome:
         """Returns the answer, counted.
@@ -149,6 +153,11 @@ class _Total:
             self._watched_s += outcome.decode_s
             self._busy_s += spans.seconds()
 
+    def used(self, memory: int | None) -> None:
+        """Counts the memory that an answer took at most."""
+        if memory is not None:
+            self._memory = max(self._memory or 0, memory)
+
     @property
     def s_per_token(self) -> float:
         """Seconds a decoded token."""
@@ -170,4 +179,6 @@ class _Total:
             "speedup": plain / each if each else None,
             "host": 1 - self._levels_s / self._decode_s if ours and self._decode_s else None,
             "idle": 1 - self._busy_s / self._watched_s if self._watched_s else None,
+            "memory_gib": None if self._memory is None else self._memory / 2**30,
+            "exact": ours and self._method.settings["exact"],
         }

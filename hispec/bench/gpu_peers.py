@@ -76,18 +76,18 @@ class Peers(Picks):
         """Attention: the heads that share keys are rows, and so a chain's rows need a mask."""
         queries, keys, values = self.past()
         n, kv_heads = self.width, self.config.num_kv_heads
-        # (H_kv, W G, D_h)
-        packed = queries[:n].unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)
-        group = packed.shape[1] // n
+        # (1, H_kv, W G, D_h): torch's fused kernels want four dimensions.
+        packed = queries[:n].unflatten(1, (kv_heads, -1)).transpose(0, 1).flatten(1, 2)[None]
+        group = packed.shape[2] // n
         mask = None if n == 1 else self.looks(tree=False).repeat_interleave(group, 0)
         kept: list[Tensor] = []
 
         def run() -> None:
-            kept[:] = [F.scaled_dot_product_attention(packed, keys, values, mask)]
+            kept[:] = [F.scaled_dot_product_attention(packed, keys[None], values[None], mask)]
 
         return Trial(
             run,
-            lambda: kept[0].unflatten(1, (n, group)).transpose(0, 1).flatten(1, 2),
+            lambda: kept[0][0].unflatten(1, (n, group)).transpose(0, 1).flatten(1, 2),
             lambda: self.attended(queries, keys, values, tree=False),
             keys.nbytes + values.nbytes + 2 * packed.nbytes,
         )

@@ -75,7 +75,7 @@ def random_llama(name: str, dtype: torch.dtype, device: torch.device, positions:
     head = words if config.tie_word_embeddings else linear(config.vocab_size, config.hidden_size)
     model = Llama(config, words, blocks, ones(), head)
     if device.type == "cpu":  # Triton's interpreter, where it is on
-        passes, _ = gpu_passes(config, model.rotary, dtype, device, blocks[0])
+        passes, _ = gpu_passes(config, model.rotary, dtype, device, blocks[0], head)
         model.narrow = passes or model.narrow
     return model
 
@@ -143,6 +143,23 @@ class Steps:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)
         return time.perf_counter()
+
+
+def rows_agree(model: Llama) -> dict[str, Any]:
+    """Returns whether a pass over a tree's worth of rows has the bits of rows one by one.
+
+    What the passes compute is held against kernels' references elsewhere; here is the whole pass,
+    at the model's own sizes.
+    """
+    layers, width = model.config.num_layers, 5
+    x = torch.randn(width, model.config.hidden_size, device=model.device)
+    together, alone = (model.new_cache([layers], 256).kv for _ in range(2))
+    wide = model.run_layers(x, 0, layers, 0, together)
+    rows = [model.run_layers(x[at : at + 1], 0, layers, at, alone) for at in range(width)]
+    found = model.logits(torch.cat(rows))
+    wanted = model.logits(wide)
+    right = bool(wanted.isfinite().all()) and torch.equal(found, wanted)
+    return {"right": right, "differ": int((found != wanted).any(-1).sum())}
 
 
 def step_bytes(model: Llama, context: int) -> int:

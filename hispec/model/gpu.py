@@ -48,6 +48,7 @@ def gpu_passes(
     dtype: torch.dtype,
     device: torch.device,
     block: Block,
+    head: Linear,
 ) -> tuple[GpuPasses | None, str]:
     """Returns the kernels' passes for such a model, or None and the reason why not.
 
@@ -57,6 +58,7 @@ def gpu_passes(
         dtype: of weights and cache.
         device: where they are.
         block: one of the model's, on which the kernels are tried.
+        head: the model's, likewise.
     """
     why = gpu.why_not(device) or gpu.uncovered(
         config.hidden_size,
@@ -68,12 +70,10 @@ def gpu_passes(
     )
     if why:
         return None, why
-    from triton.errors import TritonError
-
     passes = GpuPasses(config, rotary, dtype, device)
     try:
-        passes.probe(block)
-    except (TritonError, RuntimeError) as error:  # no compiler, too little shared memory, …
+        passes.probe(block, head)
+    except Exception as error:  # no compiler, too little shared memory, …
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
         return None, gpu.no_build(error)
@@ -256,8 +256,8 @@ class GpuPasses(Embedding):
         """Returns how many rows of the buffers a pass of ``width`` takes: whole tiles."""
         return 16 if width <= 16 else MAX_WIDTH
 
-    def probe(self, block: Block) -> None:
-        """Builds the kernels of a pass and runs them once: one row of zeros, a tree, two tiles."""
+    def probe(self, block: Block, head: Linear) -> None:
+        """Builds the kernels and runs them once: one row of zeros, a tree, two tiles, a head."""
         config = self._config
         kv = KVCache(1, config.num_kv_heads, config.head_dim, 512, self._dtype, self._device)
         nodes = Nodes.line(0, 2)
@@ -268,6 +268,11 @@ class GpuPasses(Embedding):
         states = torch.zeros(2, config.hidden_size, device=self._device)
         self.lift([block], states, [(1, states)], 0, 1, kv, 0)
         self.lift([block], Words(block.qkv, [0]), [(0, states)], 0, 1, kv, 0)
+        self.move(kv, [2], [1])
+        norm = block.attention_norm
+        self.project(head, states, norm)
+        for seed in (None, 0):
+            self.best(head, states, norm, Asked(1, 1.0, seed, [0, 0]), None)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 

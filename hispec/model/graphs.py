@@ -55,12 +55,12 @@ class Graphs:
         if self._mark:
             self._mark()
         graph = known.get(key) if self.on else None
-        if self.on and graph is None:
-            if key in known:
-                graph = self._capture(work)
-            known[key] = graph
+        if self.on and graph is None and key in known:
+            graph = known[key] = self._capture(work)
         if graph is None:
             work(False)
+            if self.on:
+                known.setdefault(key, None)  # its kernels are built
         else:
             graph.replay()
         if self._mark:
@@ -88,11 +88,14 @@ class Graphs:
         """Returns the graph of ``work``; None, and no more graphs, where it cannot be captured."""
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 work(True)
-        except RuntimeError as error:
+        except RuntimeError as raised:
+            torch.cuda.set_stream(stream)  # torch leaves its own where ending a capture fails
+            cause = raised.__context__  # of which that failure is but a consequence
+            error = cause if isinstance(cause, RuntimeError) else raised
             self.on = False
             if out_of_memory(error):
                 why, advice = "no memory left for CUDA graphs", ": lower --context"

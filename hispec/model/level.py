@@ -151,7 +151,10 @@ class Separate:
         checkpoint = open_checkpoint(path)
         check_vocabulary(checkpoint, target)
         with torch.inference_mode():
-            own = Llama.load(checkpoint, model.dtype, model.device, exact=model.exact)
+            context = min(checkpoint.config.max_positions, model.config.max_positions)
+            own = Llama.load(
+                checkpoint, model.dtype, model.device, exact=model.exact, context=context
+            )
             if model.exact:
                 settle_width(own)
         return Separate(own, checkpoint.fingerprint)

@@ -144,7 +144,8 @@ class Llama:
         """Returns the fastest way to decode on this device; torch's, and why, where that is it."""
         config, dtype, device = self.config, self.dtype, self.device
         if device.type == "cuda":
-            kernels, why = gpu_passes(config, self.rotary, dtype, device, self.blocks[0])
+            what = self.blocks[0], self.head
+            kernels, why = gpu_passes(config, self.rotary, dtype, device, *what)
             return kernels or self._torch_passes(), why
         library, why = native_library(config, dtype, device)
         if library is not None:
@@ -213,6 +214,7 @@ class Llama:
             nodes: the tree in the slots from its root on; without one, slots are positions.
             wide: a prefill's pass.
         """
+        assert len(tokens) >= upto, "a row has a token"
         visits, below = 0, 0
         source: Tensor | Words | None = None
         levels = cache.boundaries[: cache.boundaries.index(boundary) + 1]

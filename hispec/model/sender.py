@@ -1,4 +1,7 @@
-"""Tells a GPU what the rows of the next pass are and where they stand, in one copy."""
+"""Tells a GPU what the rows of the next pass are and where they stand.
+
+All that the host knows goes in one copy; ids that the device has picked itself are moved there.
+"""
 
 from __future__ import annotations
 
@@ -47,13 +50,11 @@ class Sender:
         plan = np.zeros(length, np.int32)
         plan[:2] = position, width
         plan[2] = nodes.root if nodes else at.STRAIGHT
-        unread: list[tuple[int, Tensor]] = []
-        for place, token in enumerate(words.ids if words else (), at.IDS):
-            if isinstance(token, Tensor):
-                unread.append((place, token))
-            else:
-                plan[place] = token
+        unread = [token for token in words.ids if isinstance(token, Tensor)] if words else []
         if words:
+            assert len(words.ids) == width, "a row has a token"
+            known = width - len(unread)  # numbers come first
+            plan[at.IDS : at.IDS + known] = words.ids[:known]
             ids = plan[at.IDS : at.IDS + width]
             if ids.min() < 0 or ids.max() >= words.linear.rows:
                 raise IndexError(f"token ids must be in [0, {words.linear.rows - 1}]")
@@ -61,5 +62,6 @@ class Sender:
             plan[at.DEPTHS : at.PATHS] = nodes.depths_array
             plan[at.PATHS :] = nodes.paths_array.ravel()
         upload(plan, self._device, self.told[:length])
-        for place, token in unread:  # known to the device alone
-            self.told[place].copy_(token)
+        if unread:  # known to the device alone
+            last = unread[0][None] if len(unread) == 1 else torch.stack(unread)
+            self.told[at.IDS + width - len(unread) : at.IDS + width].copy_(last)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -150,16 +151,15 @@ class _Echo(Decoder):
             seconds += at(costs.models_s[name], missing % MAX_WIDTH)
         else:
             seconds += at(costs.heads_s[name], rows)
-        for boundary in cache.boundaries:
-            missing = upto - cache.computed[boundary]
-            if missing > 0:
-                if name not in costs.models_s:
-                    seconds += costs.layers_s(below, boundary, missing)
-                    own = boundary - below
-                cache.computed[boundary] = upto
-            if boundary == level.runner.boundary:
-                break
-            below = boundary
+        levels = cache.boundaries[: cache.boundaries.index(level.runner.boundary) + 1]
+        # As the model does it: boundaries that lack the same slots are passed on one way.
+        for start, group in groupby(levels, key=cache.computed.__getitem__):
+            top = list(group)[-1]
+            if start < upto and name not in costs.models_s:
+                seconds += costs.layers_s(below, top, upto - start)
+                own = top - below
+            below = top
+        cache.computed.update((x, upto) for x in levels if cache.computed[x] < upto)
         if name not in self._met:
             self._met.add(name)
             seconds += costs.round_s.get(name, 0.0)

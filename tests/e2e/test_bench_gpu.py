@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +40,8 @@ def test_every_stage_tiny(
         assert {"product qkv", "gated_product", "attention", "exit_head", "rope_write"} <= names
         assert {"attention tree", "add_rms_norm", "top_k", "noisy", "follow", "compact"} <= names
         assert all(row["right"] and row["ms"] > 0 for row in stages["kernels"] if "why" not in row)
+        agree, *_ = stages["ar"]
+        assert agree["right"] and agree["differ"] == 0
         exact, *others = [row for row in stages["ar"] if "passes" in row]
         assert exact["passes"] == "triton" and exact["numerics"] == "exact"
         assert {row["numerics"] for row in others} == {"fast"}
@@ -47,8 +50,10 @@ def test_every_stage_tiny(
         parts = [row for row in stages["ar"] if "op" in row]
         assert parts[-1]["op"] == "all else" and not any("right" in row for row in parts)
         assert sum(row["ms"] for row in parts) == pytest.approx(exact["ms"])
-    assert stages["ar"][0]["floor_ms"] > 0
+    assert stages["ar"][1]["floor_ms"] > 0
     assert {row["method"] for row in stages["spec"]} >= {"ar", "layerskip", "hispec"}
+    assert {row["method"]: row["exact"] for row in stages["spec"]}["layerskip"]
+    assert all(row["ttft_s"] > 0 and row["memory_gib"] is None for row in stages["peers"])
     assert all(row["differ"] == 0 and 0 <= row["host"] < 1 for row in stages["spec"])
     assert {row["method"] for row in stages["peers"]} >= {"ar", "hf", "hf-prompt-lookup"}
     assert {row.get("way") for row in stages["shapes"]} >= {"layerskip 4", "hispec 2/4"}
@@ -56,19 +61,56 @@ def test_every_stage_tiny(
     assert all(f"\n{stage} (" in printed for stage in script.STAGES)
 
 
-def test_a_stage_ends_in_time(script: Any, capsys: Any) -> None:
-    command = ["--tiny", "--device", "cpu", "--only", "kernels", "--stage-s", "1e-9"]
+def test_a_stage_begins_nothing_when_its_time_is_over(script: Any, capsys: Any) -> None:
+    command = ["--tiny", "--device", "cpu", "--only", "ar,shapes", "--stage-s", "1e-9"]
     assert script.main(command) == 0
-    printed, said = capsys.readouterr()
-    if importlib.util.find_spec("triton") is not None:
-        assert said == "kernels: cut off, 1e-09 s are over\n"
-        assert printed.count("product") == 1, "a row"
+    said = capsys.readouterr().err.splitlines()
+    assert said == [
+        "plain decoding of tiny: left out, 1e-09 s are over",
+        "passes of tiny: left out, 1e-09 s are over",
+    ]
+
+
+def test_what_fails_ends_neither_its_stage_nor_the_rest(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried\nto")
+
+    def broken(*_: Any) -> Any:
+        yield {"method": "layerskip", "exact": True, "differ": 1}
+        raise RuntimeError("no such thing")
+
+    monkeypatch.setattr(script.gpu_shapes, "random_llama", full)
+    monkeypatch.setitem(script.STAGES, "spec", broken)
+    out = tmp_path / "rows.jsonl"
+    command = ["--tiny", "--device", "cpu", "--only", "ar,spec,shapes", "--out", str(out)]
+    assert script.main(command) == 1
+    _, *rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["stage"] for row in rows] == ["ar", "spec", "spec", "shapes"]
+    assert rows[0]["why"] == (
+        "CUDA out of memory. Tried: leave it out (--shapes), or lower --limit"
+    )
+    assert rows[2] == {"stage": "spec", "right": False, "why": "no such thing"}
+    assert "no such thing" in capsys.readouterr().out
+
+
+def test_other_tokens_than_plain_decoding_s_are_a_failure(
+    script: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"method": "hf", "exact": False, "differ": 3}]
+    monkeypatch.setitem(script.STAGES, "spec", lambda bench: iter(rows))
+    command = ["--tiny", "--device", "cpu", "--only", "spec"]
+    assert script.main(command) == 0
+    rows += [{"method": "layerskip", "exact": True, "differ": 1}]
+    assert script.main(command) == 1
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--only", "kernel"], "unknown stage 'kernel'. Known: kernels, ar,"),
+        (["--stage-s", "0"], "--stage-s must be above 0"),
         (["--shapes", "7B"], "unknown shape '7B'. Known: tiny, 135M,"),
     ],
 )

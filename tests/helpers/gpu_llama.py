@@ -75,7 +75,7 @@ def random_llama(dtype: torch.dtype, max_positions: int = CONFIG.max_positions) 
     ]
     words = Linear(noise(53, 32))
     model = Llama(config, words, blocks, 1 + noise(32, std=0.1), words)
-    passes, why = gpu_passes(config, model.rotary, dtype, DEVICE, blocks[0])
+    passes, why = gpu_passes(config, model.rotary, dtype, DEVICE, blocks[0], words)
     assert passes is not None, why
     model.narrow, model.why_not_native = passes, ""
     return model
@@ -87,7 +87,8 @@ def open_gpu_lm(folder: Path, exits: Exits | None = None) -> LM:
     checkpoint = open_checkpoint(folder)
     with torch.inference_mode():
         model = Llama.load(checkpoint, torch.float32, DEVICE, layout="plain")
-        passes, why = gpu_passes(model.config, model.rotary, torch.float32, DEVICE, model.blocks[0])
+        what = torch.float32, DEVICE, model.blocks[0], model.head
+        passes, why = gpu_passes(model.config, model.rotary, *what)
         assert passes is not None, why
         model.narrow, model.why_not_native = passes, ""
     lm = LM(checkpoint, model, exits)

@@ -115,9 +115,12 @@ def test_ours_warm_up_on_every_question_where_graphs_are() -> None:
 def test_no_question_is_asked_when_time_is_over(lm: LM) -> None:
     _, methods = engines(lm, {})
     questions = [Question([3, 1, 4], 3), Question([1, 5], 3), Question([9, 2], 3)]
-    spent = iter((0.5, 1.1))
-    rows = gpu_methods.compare(lm, methods, questions, lambda: None, lambda: next(spent))
-    assert [row["prompts"] for row in rows] == [2]
+    spent, peaks = iter((0.5, 1.1)), iter((5 << 30, 3 << 30))
+    with mock.patch.object(gpu_methods, "warm_up", lambda _, asked, *rest: asked):
+        rows = gpu_methods.compare(
+            lm, methods, questions, memory=lambda: next(peaks), spent=lambda: next(spent)
+        )
+        assert [(row["prompts"], row["memory_gib"]) for row in rows] == [(2, 5.0)]
 
 
 @torch.inference_mode()
@@ -144,8 +147,8 @@ def test_what_is_captured_under_the_clock_is_counted(
     monkeypatch.setattr(gpu_methods, "WATCHED", 0)
     with mock.patch.object(passes.graphs, "on", True), replaying():
         with mock.patch.object(gpu_methods, "warm_up", lambda _, asked, *rest: asked):
-            (cold,) = gpu_methods.compare(lm, methods, questions, lambda: None)
-        (warm,) = gpu_methods.compare(lm, methods, questions, lambda: None)
+            (cold,) = gpu_methods.compare(lm, methods, questions)
+        (warm,) = gpu_methods.compare(lm, methods, questions)
     passes._of_heads.clear()
     assert cold["captures"] == 2, "the layers, and the head"
     assert warm["captures"] == 0
@@ -163,9 +166,10 @@ def test_plain_decoding_is_compared_with_what_is_not_exact(lm: LM) -> None:
         "ar on torch.mm, our gate",
         "layerskip",
     ]
-    assert cleared == ["once"]
+    assert len(cleared) == 4, "the peak of memory is each method's own"
     assert rows[0]["speedup"] == 1 and rows[0]["passes"] == 2
     for row in rows:
         assert row["prompts"] == 1 and row["tokens"] == 2
+        assert row["exact"] == (row["method"] in ("ar", "layerskip"))
         assert row["differ"] == 0, "in fp32 no two logits are as near as rounding"
         assert 0 < row["host"] < 1 and 0 < row["idle"] < 1

@@ -66,9 +66,10 @@ def test_the_host_looks_at_a_round_once(fp32: Llama) -> None:
     seen: list[int] = []
     read = Tree.read
 
-    def counted(tree: Tree) -> None:
+    def counted(tree: Tree, beside: torch.Tensor | None = None) -> list[int]:
         seen.append(tree.tokens.count(UNREAD))
-        read(tree)
+        assert beside is not None, "the picks are looked at with the drafts"
+        return read(tree, beside)
 
     hierarchy, count = Hierarchy((Level(1, 3),)), 12
     with mock.patch.object(Tree, "read", counted):

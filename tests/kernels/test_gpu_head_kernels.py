@@ -29,12 +29,14 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.mark.parametrize(
-    ("seed", "size"), [(0, 1), (2**31, 1000), (2**32 - 1, 50), (2**63 + 12345, 1025), (-1, 7)]
+    ("seed", "rows", "size"),
+    [(0, 3, 1), (2**31, 1, 1000), (2**32 - 1, 16, 50), (2**63 + 12345, 3, 1025), (-1, 3, 7)],
 )
-def test_noise(seed: int, size: int) -> None:
-    positions = torch.tensor([0, 5, 131071], device=DEVICE)
-    logits = 3 * noise(3, size)
-    for ids in (None, torch.randperm(size).to(DEVICE) * 40, torch.randperm(3 * size).view(3, -1)):
+def test_noise(seed: int, rows: int, size: int) -> None:
+    positions = torch.tensor([0, 5, 131071, *range(100, 113)], device=DEVICE)[-rows:]
+    logits = 3 * noise(rows, size)
+    each = torch.randperm(rows * size).view(rows, -1)
+    for ids in (None, torch.randperm(size).to(DEVICE) * 40, each):
         ids = None if ids is None else ids.to(DEVICE)
         found = noisy(logits, 0.7, seed, positions, ids)
         wanted = reference_noisy(logits.cpu(), 0.7, seed, positions.cpu()[:, None], _cpu(ids))
@@ -48,7 +50,10 @@ def _cpu(x: Tensor | None) -> Tensor | None:
 
 @pytest.mark.parametrize(
     ("width", "vocab", "k", "seed"),
-    [(1, 129, 1, None), (3, 7, 3, 99), (16, 259, 3, 99), (17, 131, 8, None), (1, 515, 2, 99)],
+    [
+        *((1, 129, 1, None), (3, 7, 3, 99), (16, 259, 3, 99), (17, 131, 8, None)),
+        *((1, 515, 2, 99), (3, 259, 8, None), (16, 129, 16, None), (17, 131, 3, 99)),
+    ],
 )
 def test_exit_head(width: int, vocab: int, k: int, seed: int | None, dtype: torch.dtype) -> None:
     rows, size = rows_for(width), 48
@@ -103,7 +108,9 @@ def test_top_k_of_what_is_no_number_names_columns_that_exist(size: int) -> None:
     assert ((columns >= 0) & (columns < size)).all()
 
 
-@pytest.mark.parametrize(("rows", "size", "k"), [(1, 1, 1), (3, 50, 8), (2, 5000, 3), (1, 9001, 8)])
+@pytest.mark.parametrize(
+    ("rows", "size", "k"), [(1, 1, 1), (3, 50, 8), (2, 5000, 3), (1, 9001, 8), (16, 70, 64)]
+)
 def test_top_k(rows: int, size: int, k: int) -> None:
     logits = noise(rows, size).mul(4).round()  # many equal ones
     for found, wanted in zip(top_k(logits, k), reference_top_k(logits.cpu(), k), strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -30,11 +31,12 @@ from hispec.model.nodes import Nodes
 from hispec_kernels import compact as reference_compact
 from hispec_kernels import follow as reference_follow
 from hispec_kernels import swiglu
+from hispec_kernels.gpu import attention, rope
 from hispec_kernels.gpu import plan as plan_layout
 from hispec_kernels.gpu.attention import Partials, decode_attention
 from hispec_kernels.gpu.compact import compact
 from hispec_kernels.gpu.follow import follow
-from hispec_kernels.gpu.products import gated_product, product
+from hispec_kernels.gpu.products import Blocks, gated_product, product
 from hispec_kernels.gpu.rms_norm import add_rms_norm
 from hispec_kernels.gpu.rope import rope_write
 from hispec_kernels.gpu.rows import embed_rows, load_rows, store_rows
@@ -50,7 +52,8 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 @pytest.mark.parametrize(
-    ("width", "out", "size"), [(1, 5, 16), (3, 130, 300), (16, 96, 33), (17, 130, 48)]
+    ("width", "out", "size"),
+    [(1, 5, 16), (3, 130, 300), (16, 96, 33), (17, 130, 48), (17, 20, 256)],
 )
 def test_product(width: int, out: int, size: int, dtype: torch.dtype) -> None:
     rows = rows_for(width)
@@ -75,7 +78,8 @@ def test_product(width: int, out: int, size: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("width", "inner", "size"), [(1, 5, 16), (3, 150, 48), (16, 5, 48), (17, 150, 16)]
+    ("width", "inner", "size"),
+    [(1, 5, 16), (3, 150, 48), (16, 5, 48), (17, 150, 16), (3, 40, 300), (17, 20, 256)],
 )
 def test_gated_product(width: int, inner: int, size: int, dtype: torch.dtype) -> None:
     rows = rows_for(width)
@@ -110,6 +114,23 @@ def test_add_rms_norm(width: int, size: int, dtype: torch.dtype) -> None:
         untouched(h[width:])
     assert torch.equal(x[:width], before[:width] + delta[:width])
     untouched(x[width:])
+
+
+@pytest.mark.parametrize("size", [128, 200])
+@pytest.mark.parametrize("width", [3, 17])
+def test_products_cut_as_on_a_gpu(width: int, size: int, dtype: torch.dtype) -> None:
+    cut = Blocks(BLOCK_N=16, BLOCK_K=64, num_warps=4, num_stages=1)  # several programs and steps
+    rows = rows_for(width)
+    x, w = bad(rows, size, dtype=dtype), noise(40, size, dtype=dtype, seed=1)
+    x[:width] = noise(width, size, dtype=dtype)
+    wide = x[:width].double() @ w.double().T
+    y, gated = bad(rows, 40), bad(rows, 20, dtype=dtype)
+    product(x, w, count(width), y, blocks=cut)
+    gated_product(x, w, count(width), gated, blocks=cut)
+    near(y[:width], wide, TOLERANCE[dtype])
+    near(gated[:width], swiglu(wide), TOLERANCE[dtype])
+    untouched(y[width:])
+    untouched(gated[width:])
 
 
 # ------------------------------------------------------------------ rows of a pass
@@ -233,10 +254,11 @@ def cells(kv_heads: int, size: int, known: int, dtype: torch.dtype) -> tuple[Ten
     ("shape", "position", "width"),
     [
         # Round the borders of splits and of buckets: 128, 512, 1,024.
-        *(("9/3", at, 1) for at in (0, 127, 511)),
-        *(("9/3", 383, 2), ("9/3", 510, 3), ("9/3", 496, 16), ("9/3", 120, 17)),
-        *(("32/8", 128, 1), ("32/8", 126, 3), ("32/8", 0, 16)),
-        *(("mha of 6", at, 1) for at in (126, 512, 1023)),
+        *(("9/3", at, 1) for at in (0, 127, 128, 511)),
+        *(("9/3", 383, 2), ("9/3", 510, 3), ("9/3", 120, 16), ("9/3", 120, 17)),
+        *(("32/8", 512, 1), ("32/8", 126, 3), ("32/8", 510, 3)),
+        *(("32/8", 0, 16), ("32/8", 120, 16)),
+        *(("mha of 6", 126, 1), ("mha of 6", 1023, 1)),
         *(("mha of 6", 1022, 3), ("mha of 6", 1017, 16), ("16/1", 255, 3)),
     ],
 )
@@ -254,7 +276,10 @@ def test_attention_of_chains(shape: str, position: int, width: int, dtype: torch
 
 @pytest.mark.parametrize(
     ("shape", "root", "size", "early"),
-    [("9/3", 0, 6, 0), ("32/8", 127, 3, 0), ("9/3", 128, 16, 0), ("mha of 6", 250, 20, 2)],
+    [
+        *(("9/3", 0, 6, 0), ("9/3", 511, 3, 0), ("9/3", 128, 16, 0)),
+        *(("32/8", 127, 3, 0), ("32/8", 120, 16, 1), ("mha of 6", 250, 20, 2)),
+    ],
 )
 def test_attention_of_trees(
     shape: str, root: int, size: int, early: int, dtype: torch.dtype
@@ -273,6 +298,31 @@ def test_attention_of_trees(
         straight[:, : len(seen)], mixed[:, : len(seen)] = keys[:, seen], values[:, seen]
         alone = attend(queries[row : row + 1], straight, mixed, len(seen) - 1, 1, None)
         assert torch.equal(alone[0], found[row]), row
+
+
+@pytest.mark.parametrize("root", [3, 639])
+def test_rows_cut_as_on_a_gpu(root: int, dtype: torch.dtype) -> None:
+    heads, kv_heads, size = SHAPES["9/3"]
+    nodes = random_tree(root, 4, root)
+    keys, values = cells(kv_heads, size, root + 4, dtype)
+    queries = noise(4, heads, size, dtype=dtype)
+    qkv, table = noise(4, (heads + 2 * kv_heads) * size), noise(2 * 644, size, seed=4)
+    cos, sin = table.view(2, 644, size)
+
+    def everything() -> list[Tensor]:
+        turned = bad(16, heads, size, dtype=dtype)
+        stored = [bad(kv_heads, 644, size, dtype=dtype) for _ in range(2)]
+        rope_write(qkv, cos, sin, plan_of(root, 4, nodes), turned, *stored)
+        written = torch.cat([x[:, root : root + 4] for x in stored])
+        return [attend(queries, keys, values, root, 4, nodes, spare=2), turned[:4], written]
+
+    wanted = everything()
+    with (
+        mock.patch.object(attention, "_cut", lambda *_: (1, 4)),
+        mock.patch.object(rope, "_cut", lambda *_: rope._HEADS),
+    ):
+        found = everything()
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 # ------------------------------------------------------------------ trees

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,12 +18,13 @@ from helpers.gpu_llama import (
 )
 
 from hispec.errors import HispecError, UsageError
+from hispec.loading import without_kernels
 from hispec.model import cache, llama, numerics
 from hispec.model.device import enough_memory
-from hispec.model.gpu import GpuPasses, gpu_passes
+from hispec.model.gpu import gpu_passes
 from hispec.model.llama import Llama
 from hispec_kernels import gpu
-from hispec_kernels.gpu import noise
+from hispec_kernels.gpu import attention, compact, exit_head, noise
 
 
 @pytest.mark.parametrize(
@@ -73,14 +75,36 @@ def test_no_kernel_is_used_where_the_smallest_cannot_be_built(
 
 @torch.inference_mode()
 def test_a_build_that_fails_is_a_reason(fp32: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
-        raise RuntimeError("Failed to find C compiler.\nSet CC.")
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("Failed to find C compiler.\nSet CC.")
 
-    monkeypatch.setattr(GpuPasses, "probe", fail)
-    found = gpu_passes(CONFIG, fp32.rotary, torch.float32, DEVICE, fp32.blocks[0])
-    assert found == (
-        None,
-        "Triton cannot build the kernels here: Failed to find C compiler.",
+    what = fp32.rotary, torch.float32, DEVICE, fp32.blocks[0], fp32.head
+    for kernels, name in (
+        (attention, "decode_attention"),
+        (exit_head, "best"),
+        (compact, "compact"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, name, fail)
+            found = gpu_passes(CONFIG, *what)
+        said = "Triton cannot build the kernels here: Failed to find C compiler."
+        assert found == (None, said), name
+    passes, why = gpu_passes(replace(CONFIG, head_dim=130), *what)
+    assert passes is None and "head sizes up to 128" in why
+
+
+def test_a_model_without_kernels_runs_and_says_so_once(
+    fp32: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama, "gpu_passes", lambda *_: (None, "Triton is not installed"))
+    plain = Llama(CONFIG, fp32.embedding, fp32.blocks, fp32.norm, fp32.head)
+    monkeypatch.setattr(plain, "device", torch.device("cuda"))
+    monkeypatch.setattr(plain, "_torch_passes", lambda: "torch's")
+    narrow, plain.why_not_native = plain._narrow_passes()
+    assert (narrow, plain.why_not_native) == ("torch's", "Triton is not installed")
+    assert without_kernels(plain) == (
+        "hispec: no GPU kernels (Triton is not installed); decoding runs operator by operator, "
+        "which is slower."
     )
 
 

@@ -164,6 +164,13 @@ class Partials:
         self.mixed = torch.empty(splits, rows, heads, size, device=device)
 
 
+def _cut(device: torch.device, heads: int) -> tuple[int, int]:
+    """Returns how many heads, and splits at a time, a merging program takes: tuning, not bits."""
+    if device.type == "cpu":  # the interpreter pays by the operation
+        return triton.next_power_of_2(heads), 1
+    return 1, 4
+
+
 def decode_attention(
     queries: Tensor,
     keys: Tensor,
@@ -202,9 +209,7 @@ def decode_attention(
         num_warps=4,
         num_stages=1,
     )
-    together, steps = 1, 4
-    if queries.device.type == "cpu":  # the interpreter pays by the operation
-        together, steps = triton.next_power_of_2(heads), 1
+    together, steps = _cut(queries.device, heads)
     _merge[(started, triton.cdiv(heads, together))](
         *(*parts, out, plan, heads),
         ROWS=width,

@@ -6,6 +6,7 @@ values into the row's slot of the cache. Padding rows write nothing.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -66,6 +67,11 @@ def _rope_write(
         tl.store(v_ptr + place + half, high.to(v_ptr.dtype.element_ty), mask=values)
 
 
+def _cut(device: torch.device, heads: int) -> int:
+    """Returns how many heads a program turns."""
+    return _HEADS if device.type == "cuda" else triton.next_power_of_2(heads)
+
+
 def rope_write(
     qkv: Tensor,
     cos: Tensor,
@@ -91,7 +97,7 @@ def rope_write(
     _, heads, size = queries.shape
     kv_heads = keys.shape[0]
     everything = heads + 2 * kv_heads
-    together = _HEADS if qkv.device.type == "cuda" else triton.next_power_of_2(everything)
+    together = _cut(qkv.device, everything)
     _rope_write[(rows or queries.shape[0], triton.cdiv(everything, together))](
         *(qkv, cos, sin, queries, keys, values, plan, heads, kv_heads, keys.stride(0)),
         SIZE=size,
