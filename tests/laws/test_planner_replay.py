@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 from helpers.laws import random_prompt
@@ -73,6 +74,17 @@ def test_time_is_that_of_the_passes(known) -> None:
     for hierarchy in (AR, chain((1, 2))):
         before, after = (replay(lm, hierarchy, [shadow], x, acceptance) for x in (costs, free))
         assert after.seconds - before.seconds == pytest.approx(sum(before.passes.values()))
+
+
+@pytest.mark.parametrize("hierarchy", [AR, chain((1, 1)), chain((1, 1), (2, 1))], ids=str)
+def test_layers_are_called_as_often_as_the_engine_calls_them(known, hierarchy: Hierarchy) -> None:
+    lm, prompt, shadow, costs, acceptance = known
+    narrow = lm.model.narrow
+    with mock.patch.object(narrow, "lift", wraps=narrow.lift) as lift:
+        lm.generate(prompt, hierarchy=hierarchy, max_new_tokens=COUNT, learn=False)
+    dear = replace(costs, call_s=[1.0 + time for time in costs.call_s])
+    before, after = (replay(lm, hierarchy, [shadow], x, acceptance) for x in (costs, dear))
+    assert after.seconds - before.seconds == pytest.approx(lift.call_count, rel=0.03)
 
 
 def test_layers_are_cheaper_from_an_exit_s_second_pass_of_a_round_on(known) -> None:
