@@ -10,15 +10,20 @@ import torch
 from helpers.gpu_llama import (
     CONFIG,
     DEVICE,
+    random_llama,
+    replaying,
 )
 
+from hispec.drafter import Drafter
 from hispec.engine import Decoder
 from hispec.hierarchy import Hierarchy, Level
 from hispec.model.exits import SharedHead
+from hispec.model.gpu import GpuPasses
 from hispec.model.level import Exit
 from hispec.model.llama import Llama
 from hispec.model.torch_passes import TorchPasses
 from hispec.sampling import Sampling
+from hispec.sources.context import Context
 from hispec.tree import UNREAD, Tree
 
 
@@ -36,7 +41,10 @@ def decode(model: Llama, hierarchy: Hierarchy, sampling: Sampling, count: int) -
             )[0]
         )
         levels = [Exit(model, cache, b, SharedHead(model, b)) for b in boundaries]
-        decoder = Decoder(levels, tokens, hierarchy, picker)
+        drafter = Drafter([Context()], hierarchy) if hierarchy.sources else None
+        if drafter:
+            drafter.begin(tokens)
+        decoder = Decoder(levels, tokens, hierarchy, picker, drafter=drafter)
         while len(tokens) < length + count:
             decoder.round(length + count - len(tokens))
     return tokens[length:]
@@ -60,6 +68,32 @@ def test_the_engine_yields_the_references_tokens(fp32: Llama, sampling: Sampling
         assert decode(fp32, Hierarchy(), sampling, count) == plain
     finally:
         fp32.narrow = ours
+
+
+DRAFTED = {
+    "chain": Hierarchy((Level(1, 2),)),
+    "trees": Hierarchy((), sources=(("context", 6),), nodes=6),
+    "ranked trees": Hierarchy((Level(2, 2, ranks=True),), sources=(("context", 6),), nodes=6),
+}
+
+
+@pytest.fixture(scope="module")
+def half() -> tuple[Llama, list[int]]:
+    with torch.inference_mode():
+        model = random_llama(torch.float16)
+    return model, decode(model, Hierarchy(), Sampling(), 9)
+
+
+@pytest.mark.parametrize("hierarchy", DRAFTED.values(), ids=DRAFTED)
+def test_graphs_in_half_precision_yield_plain_decoding_s_tokens(
+    half: tuple[Llama, list[int]], hierarchy: Hierarchy
+) -> None:
+    model, plain = half
+    passes = model.narrow
+    assert isinstance(passes, GpuPasses)
+    with mock.patch.object(passes.graphs, "on", True), replaying() as captured:
+        assert decode(model, hierarchy, Sampling(), len(plain)) == plain
+    assert captured, "some shapes came back"
 
 
 def test_the_host_looks_at_a_round_once(fp32: Llama) -> None:
