@@ -262,7 +262,7 @@ class Decoder:
         most = SHOWN if shows else RANKS if level.ranks and adapts else 1
         found, positions, visits = self.pass_over(level, most)
         # The tree grows on the host, which looks once: at unread drafts and at these picks.
-        flat = tree.read(found[0] if isinstance(found, tuple) else None)
+        ids = tree.read(found[0] if isinstance(found, tuple) else None)
 
         def prefix(row: int) -> list[int]:
             return self.text(first + row)
@@ -271,8 +271,6 @@ class Decoder:
         columns = level.runner.head.vocab_ids
         ranked = None
         if isinstance(found, tuple):  # the head went from states to its best ids
-            wide = found[0].shape[1]
-            ids = [flat[at : at + wide] for at in range(0, len(flat), wide)]
             picks = [row[0] for row in ids]
             ranked = (ids, found[1].tolist()) if adapts else None  # sync: done by now
         elif judges:

@@ -62,27 +62,25 @@ class Tree:
         """Returns the tokens by node, the unread ones as the device has them."""
         return [self._unread.get(node, token) for node, token in enumerate(self.tokens)]
 
-    def read(self, beside: Tensor | None = None) -> list[int]:
-        """Looks at all unread tokens at once, and at other ids beside them.
+    def read(self, beside: Tensor | None = None) -> list[list[int]]:
+        """Looks at all unread tokens at once, and at other ids beside them, which it returns.
 
         Args:
-            beside: int64, on the tokens' device; returned by element.
+            beside: (W, k) int64, on the tokens' device.
         """
-        parts = [torch.stack(list(self._unread.values()))] if self._unread else []
-        if beside is not None:
-            parts.append(beside.flatten())
-        if not parts:
-            return []
-        looked = parts[0] if len(parts) == 1 else torch.cat(parts)
-        ids: list[int] = looked.tolist()  # sync: the host walks
-        unread = len(self._unread)
-        for node, token in zip(self._unread, ids[:unread], strict=True):
+        if not self._unread:
+            return [] if beside is None else beside.tolist()  # sync: the host walks
+        unread = torch.stack(list(self._unread.values()))
+        looked = unread if beside is None else torch.cat([unread, beside.flatten()])
+        ids: list[int] = looked.tolist()  # sync: likewise
+        rest, wide = ids[len(unread) :], 1 if beside is None else beside.shape[1]
+        for node, token in zip(self._unread, ids[: len(unread)], strict=True):
             parent = self.nodes.parents[node]
             del self._children[parent, UNREAD]
             self._children[parent, token] = node
             self.tokens[node] = token
         self._unread.clear()
-        return ids[unread:]
+        return [rest[at : at + wide] for at in range(0, len(rest), wide)]
 
     def child(self, node: int, token: int) -> int | None:
         """Returns the child of ``node`` that holds ``token``, if there is one."""

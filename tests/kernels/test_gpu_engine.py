@@ -100,7 +100,7 @@ def test_the_host_looks_at_a_round_once(fp32: Llama) -> None:
     seen: list[int] = []
     read = Tree.read
 
-    def counted(tree: Tree, beside: torch.Tensor | None = None) -> list[int]:
+    def counted(tree: Tree, beside: torch.Tensor | None = None) -> list[list[int]]:
         seen.append(tree.tokens.count(UNREAD))
         assert beside is not None, "the picks are looked at with the drafts"
         return read(tree, beside)
