@@ -115,7 +115,7 @@ def enough_memory(what: str, size: int | None, advice: str) -> Iterator[None]:
     except RuntimeError as error:
         if not out_of_memory(error):
             raise
-        needed = _wanted(error) if size is None else f"{size / 2**30:.1f} GiB"
+        needed = wanted(error) if size is None else f"{size / 2**30:.1f} GiB"
         room = ""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -123,7 +123,7 @@ def enough_memory(what: str, size: int | None, advice: str) -> Iterator[None]:
         raise HispecError(f"{what} needs {needed}{room}: {advice}.") from None
 
 
-def _wanted(error: RuntimeError) -> str:
+def wanted(error: RuntimeError) -> str:
     """Returns what an allocator that failed was asked for, as it says so itself."""
     found = re.search(r"Tried to allocate (\d[\d.]* \w+)", str(error))
     return f"{found[1]} more" if found else "more memory than there is"

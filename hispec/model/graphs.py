@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from hispec.model.device import out_of_memory
+from hispec.model.device import out_of_memory, wanted
 
 
 class Graphs:
@@ -98,7 +98,8 @@ class Graphs:
             error = cause if isinstance(cause, RuntimeError) else raised
             self.on = False
             if out_of_memory(error):
-                why, advice = "no memory left for CUDA graphs", ": lower --context"
+                why = f"no memory left for CUDA graphs, which need {wanted(error)}"
+                advice = ": lower --context"
             else:
                 first = (str(error).splitlines() or [type(error).__name__])[0]
                 why, advice = f"no CUDA graphs here ({first})", ""

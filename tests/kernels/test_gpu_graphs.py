@@ -126,9 +126,9 @@ def test_graphs_are_for_what_comes_back_and_can_be_switched_off(monkeypatch) -> 
     ("error", "said"),
     [
         (
-            torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate"),
-            "no memory left for CUDA graphs, so passes run kernel by kernel, which is slower: "
-            "lower --context.",
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.\nGPU 0 has"),
+            "no memory left for CUDA graphs, which need 2.50 GiB more, so passes run kernel by "
+            "kernel, which is slower: lower --context.",
         ),
         (
             RuntimeError("operation not permitted when stream is capturing\nCompile with"),

@@ -13,16 +13,21 @@ import torch
 from helpers.gpu_llama import (
     CONFIG,
     DEVICE,
+    open_gpu_lm,
     random_rows,
     run,
 )
+from helpers.lms import save_model
 
 from hispec.errors import HispecError, UsageError
+from hispec.hierarchy import Hierarchy, Level
 from hispec.loading import without_kernels
 from hispec.model import cache, llama, numerics
 from hispec.model.device import enough_memory
 from hispec.model.gpu import gpu_passes
+from hispec.model.graphs import Graphs
 from hispec.model.llama import Llama
+from hispec.streaming import ADVICE
 from hispec_kernels import gpu
 from hispec_kernels.gpu import attention, compact, exit_head, noise
 
@@ -173,6 +178,24 @@ def test_memory_that_runs_out_in_a_text_says_what_helps() -> None:
     words = r"decoding needs more memory than there is.*: do that"
     with pytest.raises(HispecError, match=words), enough_memory("decoding", None, "do that"):
         raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_a_model_whose_memory_ran_out_in_a_text_is_as_it_was(tmp_path: Path) -> None:
+    lm = open_gpu_lm(save_model(tmp_path / "llama", "tied mha", num_hidden_layers=2))
+    hierarchy, prompt = Hierarchy((Level(1, 2),)), [3, 1, 4, 1, 5]
+    wanted = lm.generate(prompt, hierarchy=hierarchy, max_new_tokens=5).token_ids
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    run, calls = Graphs.run, iter(range(9))
+
+    def fail(*args: Any) -> None:
+        if next(calls) == 7:
+            raise full
+        run(*args)
+
+    with mock.patch.object(Graphs, "run", fail), pytest.raises(HispecError) as caught:
+        lm.generate(prompt, hierarchy=hierarchy, max_new_tokens=5)
+    assert str(caught.value) == f"decoding needs 20.00 MiB more: {ADVICE}."
+    assert lm.generate(prompt, hierarchy=hierarchy, max_new_tokens=5).token_ids == wanted
 
 
 def test_a_context_the_model_does_not_have_is_refused() -> None:

@@ -244,6 +244,13 @@ def test_a_short_context_is_said(target: Path, cut: Path, tmp_path: Path, capsys
     assert "outgrew" not in err
 
 
+def test_its_cache_is_no_longer_than_the_target_s(target: Path, cut: Path) -> None:
+    lm = hispec.load(target, levels=[cut], context=40, dtype="fp32", device="cpu")
+    separate = lm.separate(str(cut))
+    assert separate.context == 40
+    assert separate.cache.capacity == separate.model.capacity == lm.model.capacity
+
+
 def test_chat(target: Path, cut: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     said = []
     for more in ((), ("--level", str(cut))):
