@@ -11,7 +11,7 @@
 # (`--start-from DIR`) on new answers: exits 4 and 8 on 0.68 M, then 1.4 M tokens, exit 8 on 0.9 M
 # more; exit 0 began as an exit 2 of the second stage and took the last 0.9 M three times. Then exits
 # 0 and 8 saw 0.5 M more, all three 0.3 M twice (`--epochs 1.3 --lr 0.0006`), and exit 8 0.5 M
-# (`--epochs 1.5`); after each of these average_exits.py took the mean of before and after.
+# twice (`--epochs 1.5`); after each of these average_exits.py took the mean of before and after.
 # scripts/results/LOG.md has the curves and why fresh texts count for more than passes.
 #
 # Run again with the same arguments to go on after an interruption.
