@@ -125,15 +125,18 @@ class LM:
                 self._heads[boundary] = SharedHead(self.model, boundary)
         return self._heads[boundary]
 
-    def drafter(self, hierarchy: Hierarchy, *, learn: bool = True) -> Drafter | None:
+    def drafter(
+        self, hierarchy: Hierarchy, *, learn: bool = True, length: int | None = None
+    ) -> Drafter | None:
         """Returns what drafts for a hierarchy besides its exits' picks, None if nothing does.
 
         Args:
             hierarchy: names them and their budgets.
             learn: go on from what earlier texts taught them; otherwise they start afresh, and
                 nothing of this text is kept.
+            length: tokens of the prompt: the longer it is the dearer are rows.
         """
-        return self._shelf.drafter(hierarchy, learn=learn)
+        return self._shelf.drafter(hierarchy, learn=learn, length=length)
 
     def reprice(self, exits: Sequence[int], models: Sequence[str] = ()) -> None:
         """Times passes anew, those of some exits and separate models too: drafting goes by them."""

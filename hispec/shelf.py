@@ -17,13 +17,14 @@ from hispec.drafter import Drafter
 from hispec.hierarchy import SOURCES, Hierarchy, Level
 from hispec.odds import Odds
 from hispec.planner.first_prices import (
+    context_growth,
     keep_price_slope,
     level_cost,
     model_cost,
     pass_costs,
     price_slope,
 )
-from hispec.planner.prices import Prices
+from hispec.planner.prices import Growth, Prices
 from hispec.sources import Source
 from hispec.sources.context import Context
 from hispec.sources.corpus import Corpus
@@ -55,6 +56,7 @@ class Shelf:
         self._odds = Odds()
         self._prices: Prices | None = None  # of the living set
         self._table: list[float] = []
+        self._growth = Growth()
         self._level_costs: dict[str, float] = {}
 
     @cached_property
@@ -62,7 +64,9 @@ class Shelf:
         """The tokenizer's fingerprint: a fifth of a second for 49,152 tokens."""
         return fingerprint(self._lm.tokenizer)
 
-    def drafter(self, hierarchy: Hierarchy, *, learn: bool = True) -> Drafter | None:
+    def drafter(
+        self, hierarchy: Hierarchy, *, learn: bool = True, length: int | None = None
+    ) -> Drafter | None:
         """Returns what drafts for a hierarchy; see :meth:`LM.drafter`."""
         budgets = dict(hierarchy.sources) if hierarchy.nodes else {}
         sources = [
@@ -74,6 +78,8 @@ class Shelf:
         if not sources and not adaptive:
             return None
         prices = self._priced(adaptive, learn) if hierarchy.adaptive else None
+        if prices and length is not None:
+            prices.begin(length)
         if not learn:
             for source in sources:
                 source.reset()
@@ -85,10 +91,11 @@ class Shelf:
         costs = {level.name: self._level_cost(level) for level in levels}
         if self._prices is None:
             self._table = pass_costs(self._lm.model)
+            self._growth = context_growth(self._lm.model)
             keep = partial(keep_price_slope, self._lm.model)
-            self._prices = Prices(self._table, {}, price_slope(self._lm.model), keep)
+            self._prices = Prices(self._table, {}, price_slope(self._lm.model), keep, self._growth)
         if not learn:
-            return Prices(self._table, costs)
+            return Prices(self._table, costs, growth=self._growth)
         self._prices.add(costs)
         return self._prices
 
@@ -97,6 +104,7 @@ class Shelf:
         self._prices = None
         self._level_costs.clear()
         pass_costs(self._lm.model, anew=True)
+        context_growth(self._lm.model, anew=True)
         for level in (*(Level(0, 1, model=x) for x in models), *(Level(e, 1) for e in exits)):
             self._level_cost(level, anew=True)
 

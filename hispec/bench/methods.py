@@ -230,7 +230,7 @@ class Engine:
 
     def _databases(self, tokens: Sequence[int]) -> Drafter | None:
         """Afresh for every answer: nothing may be learnt from the prompts a method is judged by."""
-        drafter = self._bench.lm.drafter(self.hierarchy, learn=False)
+        drafter = self._bench.lm.drafter(self.hierarchy, learn=False, length=len(tokens))
         if drafter:
             drafter.begin(tokens)
         return drafter

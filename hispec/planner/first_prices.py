@@ -3,39 +3,41 @@
 Decoding streams the weights whatever the width, so the second row of a pass is nearly free and the
 thirtieth is not; where the bend lies differs from processor to processor. So whole passes are timed
 by width, and what drafts beside plain passes, as it runs in a round: right after one. Each is
-measured in a second, or with some dozens of passes where those take longer, and remembered;
+measured in a second or two, or with some dozens of passes where those take longer, and remembered;
 :mod:`hispec.planner.prices` corrects them ever after, and a plan measures them anew.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 
-from hispec.model.cache import Cache
 from hispec.model.exits import ExitHead
 from hispec.model.llama import Llama
 from hispec.model.measured import remembered
 from hispec.model.nodes import MAX_WIDTH
 from hispec.planner.cost_table import filled
+from hispec.planner.prices import Growth
 from hispec.planner.timing import (
     CAUGHT_UP,
     CONTEXT,
     WIDTHS,
+    beside,
     drafted,
     fitting,
-    in_turn,
     plain_pass,
     run_rows,
     untimed,
 )
 
+#: A text long enough to tell what its length costs, and rows that tell it of more than one.
+FAR, SEVERAL = 1280, 6
 #: Passes this wide are timed seldom: where they are dear nobody runs them.
 WIDE = 12
 #: Everything is timed so often in turn, until so many seconds are over.
-REPEATS, PATIENCE_S = 12, 1.0
+REPEATS, PATIENCE_S = 12, 1.5
 #: Rows of an exit's pass where nobody knows better: the root, and one that the databases propose.
 LEVEL_ROWS = 2
 
@@ -57,6 +59,37 @@ def pass_costs(model: Llama, *, anew: bool = False) -> list[float]:
         return _whole_passes(model)
 
     return list(remembered("rows", model, measure, f"{WIDTHS}", anew=anew))
+
+
+def context_growth(model: Llama, *, anew: bool = False) -> Growth:
+    """Returns how passes get slower as the text gets longer; remembered.
+
+    Args:
+        model: the target.
+        anew: measure now, whatever is remembered.
+    """
+
+    def measure() -> list[float]:
+        near, far = fitting(model, CONTEXT), fitting(model, FAR)
+        if far < 2 * near:
+            return [near, 0.0, 0.0]
+        with torch.inference_mode():
+            cache = model.new_cache([model.config.num_layers], far + MAX_WIDTH)
+            # Memory of its own, which has to be read: untouched pages are all the same one.
+            cache.kv.storage[..., : far + MAX_WIDTH, :].zero_()
+            near_plain, *passes = (
+                partial(plain_pass, model, context, cache, width)
+                for context in (near, far)
+                for width in (1, SEVERAL)
+            )
+            found = _beside_plain(model, near_plain, dict(enumerate(passes)))
+        several, far_one, far_several = found.values()
+        reach = far - near
+        first, more = far_one - 1.0, (far_several - several - far_one + 1.0) / (SEVERAL - 1)
+        return [near, max(first / reach, 0.0), max(more / reach, 0.0)]
+
+    context, first, more = remembered("contexts", model, measure, f"{FAR}|{SEVERAL}", anew=anew)
+    return Growth(int(context), first, more)
 
 
 def price_slope(model: Llama) -> float:
@@ -92,7 +125,8 @@ def level_cost(
             return drafted(head, cache, context, LEVEL_ROWS, context - CAUGHT_UP)
 
         with torch.inference_mode():
-            ratio = _beside_plain(model, context, cache, first_pass)
+            plain = partial(plain_pass, model, context, cache)
+            ratio = _beside_plain(model, plain, {0: first_pass})[0]
             head.truncate(0)
         return ratio
 
@@ -116,7 +150,8 @@ def model_cost(model: Llama, other: Llama, *, anew: bool = False) -> float:
         apart = other.new_cache([other.config.num_layers], context + MAX_WIDTH)
         run = partial(plain_pass, other, context, apart, LEVEL_ROWS)
         with torch.inference_mode():
-            return _beside_plain(model, context, cache, run)
+            plain = partial(plain_pass, model, context, cache)
+            return _beside_plain(model, plain, {0: run})[0]
 
     detail = f"{other.config}|{other.dtype}"
     return float(remembered("levels", model, measure, detail, anew=anew))
@@ -126,20 +161,18 @@ def _whole_passes(model: Llama) -> list[float]:
     context = fitting(model, CONTEXT)
     with torch.inference_mode():
         cache = model.new_cache([model.config.num_layers], context + MAX_WIDTH)
-        tasks = {width: partial(plain_pass, model, context, cache, width) for width in WIDTHS}
+        passes = {width: partial(plain_pass, model, context, cache, width) for width in WIDTHS}
         # Each pass drives what the one before has left out of the caches.
-        times = in_turn(
-            *(tasks, lambda _: None, REPEATS, PATIENCE_S),
-            seldom=lambda width: width >= WIDE,
-            untimed=untimed(model),
-        )
-    seconds = filled({width: usual for width, (usual, _) in times.items()})
-    return [time / seconds[1] for time in seconds]
+        plain = passes.pop(1)
+        times = _beside_plain(model, plain, passes, seldom=lambda width: width >= WIDE)
+    return filled({1: 1.0, **times})
 
 
-def _beside_plain(model: Llama, context: int, cache: Cache, task: Callable[[], float]) -> float:
-    """Returns the time of a task right after a plain pass, relative to that pass."""
-    plain = partial(plain_pass, model, context, cache)
-    tasks: dict[str, Callable[[], float]] = {"plain": plain, "task": task}
-    times = in_turn(tasks, lambda _: None, REPEATS, PATIENCE_S, untimed=untimed(model))
-    return times["task"][0] / times["plain"][0]
+def _beside_plain(
+    model: Llama,
+    plain: Callable[[], object],
+    tasks: Mapping[int, Callable[[], object]],
+    seldom: Callable[[int], bool] = lambda task: False,
+) -> dict[int, float]:
+    """Returns the time of each task right after a plain pass, relative to that pass."""
+    return beside(plain, tasks, REPEATS, PATIENCE_S, seldom=seldom, untimed=untimed(model))

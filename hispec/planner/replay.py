@@ -214,7 +214,7 @@ def _replay(
     cache = Cache(boundaries, 1, 1, 1, capacity, torch.float32, torch.device("cpu"))
     cache.computed.update(dict.fromkeys(boundaries, shadow.start))
     tokens = shadow.tokens[: shadow.start + 1]
-    drafter = lm.drafter(hierarchy, learn=False)
+    drafter = lm.drafter(hierarchy, learn=False, length=len(tokens))
     if drafter:
         drafter.begin(tokens)
     model: Any = SimpleNamespace(  # all that is asked of it where no layer runs

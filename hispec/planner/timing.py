@@ -121,3 +121,43 @@ def in_turn(
             times[key].append(time.perf_counter() - started)
     middle = {key: statistics.median(row) for key, row in times.items()}
     return {key: (middle[key], middle[key] / min(row) - 1) for key, row in times.items()}
+
+
+def beside(
+    plain: Callable[[], object],
+    tasks: Mapping[Task, Callable[[], object]],
+    repeats: int,
+    patience: float,
+    *,
+    seldom: Callable[[Task], bool] = lambda task: False,
+    untimed: int = 1,
+) -> dict[Task, float]:
+    """Returns the usual time of each task relative to that of a plain pass right before it.
+
+    What the machine does besides lasts longer than two passes, and so falls out of their ratio.
+
+    Args:
+        plain: a plain pass.
+        tasks: what to time.
+        repeats: see :func:`in_turn`.
+        patience: likewise.
+        seldom: likewise.
+        untimed: likewise.
+    """
+    ratios: dict[Task, list[float]] = {key: [] for key in tasks}
+    begun = time.perf_counter()
+    for repeat in range(-untimed, repeats):
+        if repeat == 0:
+            begun = time.perf_counter()
+        if repeat > 1 and time.perf_counter() - begun > patience:
+            break
+        for key, task in tasks.items():
+            if repeat > 0 and repeat % SELDOM and seldom(key):
+                continue
+            started = time.perf_counter()
+            plain()
+            middle = time.perf_counter()
+            task()
+            if repeat >= 0:
+                ratios[key].append((time.perf_counter() - middle) / (middle - started))
+    return {key: statistics.median(row) for key, row in ratios.items()}

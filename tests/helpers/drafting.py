@@ -112,5 +112,5 @@ def ranking(hierarchy: Hierarchy, draw: random.Random) -> Hierarchy:
 @contextmanager
 def drafting(lm: LM, databases: Oracle) -> Iterator[Oracle]:
     """Inside, every generation has these databases below its levels."""
-    with mock.patch.object(lm, "drafter", lambda hierarchy, learn=True: databases):
+    with mock.patch.object(lm, "drafter", lambda hierarchy, **options: databases):
         yield databases

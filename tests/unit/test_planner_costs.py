@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from hispec.planner import costs, devices, first_prices, timing
 from hispec.planner.acceptance import OWN, Acceptance, Key
 from hispec.planner.calibrate import Calibration, fitted
 from hispec.planner.cost_table import TARGET, CostTable, at, filled
+from hispec.planner.prices import Growth
 from hispec.result import Result
 
 ROWS = MAX_WIDTH + 1
@@ -126,6 +129,7 @@ def test_first_prices_wait_for_nothing_but_a_second(
     def prices() -> tuple[object, ...]:
         return (
             first_prices.pass_costs(lm.model),
+            first_prices.context_growth(lm.model),
             first_prices.level_cost(lm.model, head, 2, "some exits"),
             first_prices.model_cost(lm.model, lm.model),
         )
@@ -133,19 +137,44 @@ def test_first_prices_wait_for_nothing_but_a_second(
     found = prices()
     relative = found[0]
     assert relative[:2] == [0.0, 1.0] and relative == sorted(relative) and len(relative) == ROWS
-    assert found[1] > 0 and found[2] > 0.5
+    assert found[2] > 0 and found[3] > 0.5
+    assert found[1].context == 256 and found[1].first >= 0 and found[1].more >= 0
     assert prices() == found, "remembered"
-    assert first_prices.level_cost(lm.model, head, 2) != found[1], "nobody says whose head"
+    assert first_prices.level_cost(lm.model, head, 2) != found[2], "nobody says whose head"
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("measured again")
 
-    monkeypatch.setattr(first_prices, "in_turn", never)
+    monkeypatch.setattr(first_prices, "beside", never)
     assert prices() == found
     with pytest.raises(AssertionError, match="measured again"):
         first_prices.level_cost(lm.model, head, 2, "other exits")
     with pytest.raises(AssertionError, match="measured again"):
         first_prices.model_cost(lm.model, lm.model, anew=True)
+
+
+def test_what_length_costs_is_told_by_passes_far_out(
+    tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = open_lm(save_model(tmp_path / "llama", "gqa")).model  # 1,024 positions
+    far = 1024 - MAX_WIDTH
+    # Seconds: 2 of a row near by, 3 of six; 2.5 and 5.5 far out.
+    asked: list[int] = []
+
+    def beside(
+        _: object, tasks: Mapping[int, partial[float]], *__: object, **___: object
+    ) -> object:
+        asked.extend(task.args[1] for task in tasks.values())
+        return dict(zip(tasks, (3.0 / 2.0, 2.5 / 2.0, 5.5 / 2.0), strict=True))
+
+    monkeypatch.setattr(first_prices, "beside", beside)
+    found = first_prices.context_growth(model)
+    assert asked == [256, far, far]
+    assert found.first * 2.0 * (far - 256) == pytest.approx(0.5)
+    assert found.more * 2.0 * (far - 256) == pytest.approx((5.5 - 3.0 - 0.5) / 5)
+    short = replace(model.config, max_positions=300)
+    monkeypatch.setattr(model, "config", short)
+    assert first_prices.context_growth(model, anew=True) == Growth(256)
 
 
 def test_a_plan_prices_anew(
@@ -154,13 +183,17 @@ def test_a_plan_prices_anew(
     lm = open_lm(save_model(tmp_path / "llama", "gqa"))
     hierarchy = Hierarchy((Level(2, 1, ranks=True),))
     monkeypatch.setattr(first_prices, "_whole_passes", lambda model: [0.0, *[1.0] * MAX_WIDTH])
-    monkeypatch.setattr(first_prices, "_beside_plain", lambda *_: 0.25)
+    monkeypatch.setattr(
+        first_prices, "_beside_plain", lambda *_, **__: dict.fromkeys(range(3), 0.25)
+    )
     prices = lm.drafter(hierarchy, learn=False)._prices
     assert prices.costs[2:4] == [1.0, 1.0] and prices.levels == {"exit 2": 0.25}
     first_prices.keep_price_slope(lm.model, 2.0)
     dearer = [0.0, *map(float, range(1, MAX_WIDTH + 1))]
     monkeypatch.setattr(first_prices, "_whole_passes", lambda model: dearer)
-    monkeypatch.setattr(first_prices, "_beside_plain", lambda *_: 0.5)
+    monkeypatch.setattr(
+        first_prices, "_beside_plain", lambda *_, **__: dict.fromkeys(range(3), 0.5)
+    )
     assert lm.drafter(hierarchy, learn=False)._prices.levels == {"exit 2": 0.25}, "remembered"
     lm.reprice([2])
     for model in (lm, open_lm(tmp_path / "llama")):  # a later process too
@@ -232,3 +265,24 @@ def test_what_is_known_too_badly_to_plan_by_is_said() -> None:
     assert wide == pytest.approx(few.widest(), abs=0.01) and "from 40 rounds" in doubt
     (doubt,) = Calibration(table(spread=0.31), many, [], 4000).doubts()
     assert "scatter by 31%" in doubt
+
+
+def test_what_a_machine_does_besides_falls_out_of_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, speed, calls = [0.0], [1.0], []
+
+    def work(seconds: float, name: str) -> None:
+        calls.append(name)
+        clock[0] += seconds * speed[0]
+        if name != "plain":
+            speed[0] *= 1.5  # ever slower
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    tasks = {name: partial(work, cost, name) for name, cost in (("two", 1.2), ("wide", 3.0))}
+    plain = partial(work, 1.0, "plain")
+    found = timing.beside(plain, tasks, 9, 1e9, seldom=lambda name: name == "wide", untimed=1)
+    assert found == pytest.approx({"two": 1.2, "wide": 3.0})
+    assert calls.count("two") == 10 and calls.count("wide") == 4
+    assert calls[::2] == ["plain"] * len(tasks) * 7, "one right before each"
+    calls.clear()
+    timing.beside(plain, tasks, 9, 0.0, untimed=2)
+    assert calls.count("two") == 2 + 2, "two are timed whatever the patience"

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from hispec.planner.prices import INTERRUPTED, Prices
+from hispec.planner.prices import INTERRUPTED, Growth, Prices
 
 TABLE = [0.0] + [1.0 + 0.02 * rows + 0.002 * rows * rows for rows in range(32)]
 
@@ -86,3 +86,29 @@ def test_levels_without_a_price_are_left_out() -> None:
     prices.level_took("exit 4", 0.002)  # a strict one, which always runs
     prices.refine()
     assert set(prices.levels) == {"exit 2"}
+
+
+def test_rows_are_dearer_the_longer_the_text_is() -> None:
+    growth = Growth(256, first=1e-4, more=2e-4)
+    table = [0.0, 1.0, 1.2, 1.4, 1.4]
+    assert growth.table(table, 256) == table
+    far = growth.table(table, 1256)
+    assert far[:2] == [0.0, 1.0]
+    assert far[2:] == pytest.approx([(1.2 + 0.1 + 0.2) / 1.1, 1.9 / 1.1, 2.1 / 1.1])
+    assert growth.table(table, 6) == sorted(growth.table(table, 6)), "it never falls"
+    steep = Growth(256, first=1e-2, more=0.0)
+    assert steep.table(table, 6) == table, "beyond what was measured"
+
+
+def test_a_text_has_prices_of_its_length_and_what_was_learnt() -> None:
+    growth = Growth(0, first=0.0, more=1e-3)
+    prices = Prices([0.0, 1.0, 1.1, 1.2], {"exit 2": 0.1}, slope=2.0, growth=growth)
+    held = prices.costs
+    assert held == pytest.approx([0.0, 1.0, 1.2, 1.4])
+    prices.begin(100)
+    assert held is prices.costs and held == pytest.approx([0.0, 1.0, 1.4, 1.8])
+    prices.begin(0)
+    assert held == pytest.approx([0.0, 1.0, 1.2, 1.4])
+    plain = Prices([0.0, 1.0, 1.1], {})
+    plain.begin(1000)
+    assert plain.costs == [0.0, 1.0, 1.1]
