@@ -81,7 +81,7 @@ DRAFTED = {
 def half() -> tuple[Llama, list[int]]:
     with torch.inference_mode():
         model = random_llama(torch.float16)
-    return model, decode(model, Hierarchy(), Sampling(), 9)
+    return model, decode(model, Hierarchy(), Sampling(), 14)
 
 
 @pytest.mark.parametrize("hierarchy", DRAFTED.values(), ids=DRAFTED)
