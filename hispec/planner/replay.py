@@ -24,7 +24,7 @@ from hispec.hierarchy import MAX_WIDTH, Hierarchy
 from hispec.model.cache import Cache
 from hispec.model.level import Exit
 from hispec.planner.acceptance import Acceptance, Key
-from hispec.planner.cost_table import CostTable, at
+from hispec.planner.cost_table import LOWEST_STEP, CostTable, at
 from hispec.planner.shadow import Shadow
 from hispec.sampling import Sampling
 
@@ -141,7 +141,10 @@ class _Echo(Decoder):
     def _spend(self, level: _Level, upto: int, rows: int) -> None:
         """Adds a pass's time, and raises the cache's watermarks as it would have."""
         costs, name, cache, below = self._costs, level.counts.name, level.runner.cache, 0
-        seconds, own = costs.step_s, 0
+        # Who adapts thinks it over at every step; who does not has little to do.
+        short = level is self.levels[0] and level is not self.levels[-1] and not self.drafter
+        besides = LOWEST_STEP if short and name not in costs.models_s else 1.0
+        seconds, own = besides * costs.step_s, 0
         if name in costs.models_s:  # what it was not asked about it runs now
             if name not in self._read:
                 self._read.add(name)

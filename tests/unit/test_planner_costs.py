@@ -16,7 +16,7 @@ from hispec.hierarchy import MAX_WIDTH, Hierarchy, Level
 from hispec.planner import costs, devices, first_prices, timing
 from hispec.planner.acceptance import OWN, Acceptance, Key
 from hispec.planner.calibrate import Calibration, fitted
-from hispec.planner.cost_table import TARGET, CostTable, at, filled
+from hispec.planner.cost_table import LOWEST_STEP, TARGET, CostTable, at, filled
 from hispec.planner.prices import Growth
 from hispec.result import Result
 
@@ -35,7 +35,7 @@ def table(**changes) -> CostTable:
 
 def test_a_pass_is_layers_head_and_what_is_lifted() -> None:
     made = table(step_s=0.25, models_s={"small": [7.0] * ROWS})
-    assert made.pass_s("exit 4", 0, 1) == 0.5 + 4 + 10 + 0.25
+    assert made.pass_s("exit 4", 0, 1) == 0.5 + 4 + 10 + 0.25 * LOWEST_STEP
     # Three rows through layers 4 to 8, the newest of them alone through layers 0 to 4 before.
     assert made.pass_s("exit 8", 4, 3) == (0.5 + 4) + (0.5 + 3 * 4) + 10 + 0.25
     assert made.pass_s("exit 8", 4, 3, lifted=0) == (0.5 + 3 * 4) + 10 + 0.25
