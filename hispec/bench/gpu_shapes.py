@@ -149,7 +149,8 @@ def rows_agree(model: Llama) -> dict[str, Any]:
     """Returns whether a pass over a tree's worth of rows has the bits of rows one by one.
 
     What the passes compute is held against kernels' references elsewhere; here is the whole pass,
-    at the model's own sizes.
+    at the model's own sizes. Triton's interpreter multiplies by a library that rounds by shape, so
+    without a GPU rows need not be the same bits, only near.
     """
     layers, width = model.config.num_layers, 5
     x = torch.randn(width, model.config.hidden_size, device=model.device)
@@ -158,7 +159,10 @@ def rows_agree(model: Llama) -> dict[str, Any]:
     rows = [model.run_layers(x[at : at + 1], 0, layers, at, alone) for at in range(width)]
     found = model.logits(torch.cat(rows))
     wanted = model.logits(wide)
-    right = bool(wanted.isfinite().all()) and torch.equal(found, wanted)
+    bound = 1e-5 if model.dtype == torch.float32 else 2e-2
+    near = float((found - wanted).norm() / wanted.norm()) <= bound
+    right = torch.equal(found, wanted) if model.device.type == "cuda" else near
+    right = right and bool(wanted.isfinite().all())
     return {"right": right, "differ": int((found != wanted).any(-1).sum())}
 
 
