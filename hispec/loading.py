@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,9 +15,8 @@ from hispec.model.device import Choice, choose
 from hispec.model.exits import Exits, shipped_exits
 from hispec.model.level import check_vocabulary
 from hispec.model.linear import Layout
-from hispec.model.llama import Llama
 from hispec.model.native import native_library
-from hispec.model.numerics import settle_width
+from hispec.model.ready import ready
 
 
 def load(
@@ -118,20 +116,5 @@ def open_lm(
 
     ``layout`` and ``context`` as in :meth:`Llama.load`.
     """
-    with torch.inference_mode():
-        llama = Llama.load(checkpoint, dtype, device, exact=exact, layout=layout, context=context)
-        if line := without_kernels(llama):
-            print(line, file=sys.stderr)
-        if exact:
-            settle_width(llama)
+    llama = ready(checkpoint, dtype, device, exact=exact, layout=layout, context=context)
     return LM(checkpoint, llama, exits, corpus, below, force_plan=force_plan)
-
-
-def without_kernels(model: Llama) -> str:
-    """Returns what to say where a GPU's kernels do not run; empty where they do, and on CPUs."""
-    if model.device.type == "cpu" or not model.why_not_native:
-        return ""
-    return (
-        f"hispec: no GPU kernels ({model.why_not_native}); decoding runs operator by operator, "
-        f"which is slower."
-    )

@@ -224,9 +224,10 @@ class Stream:
             assert isinstance(logits, torch.Tensor), "no ids were asked for"
             first = picker.picks(logits, [last + 1], lambda _: tokens)[0]
             tokens.append(first)
-        drafter = self._drafter = lm.drafter(
-            result.hierarchy, learn=self._learn, length=len(tokens)
-        )
+        with enough_memory("timing passes", None, ADVICE):
+            drafter = self._drafter = lm.drafter(
+                result.hierarchy, learn=self._learn, length=len(tokens)
+            )
         if drafter:
             drafter.begin(tokens)
             result.sources = list(drafter.counts.values())

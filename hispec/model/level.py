@@ -17,16 +17,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-import torch
-
 from hispec.errors import UsageError
 from hispec.model.cache import Cache
 from hispec.model.checkpoint import Checkpoint, open_checkpoint
 from hispec.model.exits import ExitHead, SharedHead
 from hispec.model.llama import Llama
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.numerics import settle_width
 from hispec.model.passes import Asked, Found, Token
+from hispec.model.ready import ready
 
 
 class Level(Protocol):
@@ -150,13 +148,8 @@ class Separate:
         """
         checkpoint = open_checkpoint(path)
         check_vocabulary(checkpoint, target)
-        with torch.inference_mode():
-            context = min(checkpoint.config.max_positions, model.config.max_positions)
-            own = Llama.load(
-                checkpoint, model.dtype, model.device, exact=model.exact, context=context
-            )
-            if model.exact:
-                settle_width(own)
+        context = min(checkpoint.config.max_positions, model.config.max_positions)
+        own = ready(checkpoint, model.dtype, model.device, exact=model.exact, context=context)
         return Separate(own, checkpoint.fingerprint)
 
     def run(

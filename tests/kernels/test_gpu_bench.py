@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,7 @@ from helpers.gpu_llama import DEVICE, open_gpu_lm, random_rows, replaying
 from helpers.lms import save_model
 
 from hispec.bench import gpu_methods, gpu_shapes
-from hispec.bench.gpu_kernels import Trial, measure
+from hispec.bench.gpu_kernels import Trial, measure, tilings
 from hispec.bench.gpu_peers import Peers, measure_peer
 from hispec.bench.gpu_picks import Picks, step_rows
 from hispec.bench.gpu_timing import Spans, poisoned
@@ -124,6 +125,14 @@ def test_no_question_is_asked_when_time_is_over(lm: LM) -> None:
 
 
 @torch.inference_mode()
+def test_products_cut_in_other_ways_are_right_too() -> None:
+    picks = Picks(gpu_shapes.shape("tiny", 200), 1, 130, torch.float32, DEVICE)
+    first, second = itertools.islice(tilings(picks, 1.0), 2)
+    assert first["tiling"] != second["tiling"]
+    assert first["kernel"] == second["kernel"] and first["right"] and second["right"]
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("width", [1, 3])
 def test_others_kernels_are_held_against_the_references(width: int) -> None:
     peers = Peers(gpu_shapes.shape("tiny", 200), width, 130, torch.float32, DEVICE)
@@ -172,4 +181,14 @@ def test_plain_decoding_is_compared_with_what_is_not_exact(lm: LM) -> None:
         assert row["prompts"] == 1 and row["tokens"] == 2
         assert row["exact"] == (row["method"] in ("ar", "layerskip"))
         assert row["differ"] == 0, "in fp32 no two logits are as near as rounding"
+        assert 0 < row["host"] < 1 and 0 < row["idle"] < 1
+
+
+def test_databases_and_what_adapts_are_compared_like_any_other(lm: LM) -> None:
+    _, methods = engines(lm, {name: lm.hierarchy(name) for name in ("hd", "auto")})
+    questions = [Question([3, 1, 4, 1, 5, 3, 1, 4, 1], 6)]
+    rows = list(gpu_methods.compare(lm, methods, questions))
+    assert [row["method"] for row in rows] == ["ar", "hd", "auto"]
+    for row in rows:
+        assert row["differ"] == 0 and row["tokens"] == 5 and 0 < row["passes"] <= 5
         assert 0 < row["host"] < 1 and 0 < row["idle"] < 1

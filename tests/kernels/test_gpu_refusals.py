@@ -21,12 +21,12 @@ from helpers.lms import save_model
 
 from hispec.errors import HispecError, UsageError
 from hispec.hierarchy import Hierarchy, Level
-from hispec.loading import without_kernels
 from hispec.model import cache, llama, numerics
 from hispec.model.device import enough_memory
 from hispec.model.gpu import gpu_passes
 from hispec.model.graphs import Graphs
 from hispec.model.llama import Llama
+from hispec.model.ready import without_kernels
 from hispec.streaming import ADVICE
 from hispec_kernels import gpu
 from hispec_kernels.gpu import attention, compact, exit_head, noise
@@ -107,8 +107,8 @@ def test_a_model_without_kernels_runs_and_says_so_once(
     monkeypatch.setattr(plain, "_torch_passes", lambda: "torch's")
     narrow, plain.why_not_native = plain._narrow_passes()
     assert (narrow, plain.why_not_native) == ("torch's", "Triton is not installed")
-    assert without_kernels(plain) == (
-        "hispec: no GPU kernels (Triton is not installed); decoding runs operator by operator, "
+    assert without_kernels(plain, "mine") == (
+        "hispec: no GPU kernels for mine (Triton is not installed); it runs operator by operator, "
         "which is slower."
     )
 

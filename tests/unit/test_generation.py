@@ -15,7 +15,7 @@ import hispec
 from hispec.errors import UsageError
 from hispec.generation import LM
 from hispec.hierarchy import Hierarchy
-from hispec.loading import without_kernels
+from hispec.model.ready import without_kernels
 from hispec.sampling import Sampling
 
 EXITS = chain((1, 3), (3, 5))
@@ -37,11 +37,12 @@ def refusal(function: Callable, *args, **kwargs) -> str:
 def test_a_gpu_without_kernels_is_said_in_one_line(lm: LM) -> None:
     reason = "Triton is not installed (pip install triton)"
     model = mock.Mock(device=torch.device("cuda"), why_not_native=reason)
-    assert without_kernels(model).startswith(f"hispec: no GPU kernels ({reason}); ")
-    assert "\n" not in without_kernels(model)
+    line = without_kernels(model, "small")
+    assert line.startswith(f"hispec: no GPU kernels for small ({reason}); ")
+    assert "\n" not in line
     model.why_not_native = ""
-    assert without_kernels(model) == ""
-    assert without_kernels(lm.model) == ""
+    assert without_kernels(model, "small") == ""
+    assert without_kernels(lm.model, "small") == ""
 
 
 def test_a_shorter_context_bounds_prompts_and_cache(tmp_path: Path) -> None:

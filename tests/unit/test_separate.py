@@ -23,6 +23,7 @@ from hispec.bench.recorder import head_bytes, layer_bytes
 from hispec.cli import main
 from hispec.errors import CheckpointError, UsageError
 from hispec.hierarchy import AR, Hierarchy, Level
+from hispec.model import ready
 from hispec.model.checkpoint import open_checkpoint
 from hispec.model.exits import FORMAT
 from hispec.model.llama import Llama
@@ -249,6 +250,16 @@ def test_its_cache_is_no_longer_than_the_target_s(target: Path, cut: Path) -> No
     separate = lm.separate(str(cut))
     assert separate.context == 40
     assert separate.cache.capacity == separate.model.capacity == lm.model.capacity
+
+
+def test_each_model_says_where_it_has_no_kernels(
+    target: Path, cut: Path, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ready, "without_kernels", lambda _, name: f"{name} is slow")
+    lm = hispec.load(target, dtype="fp32", device="cpu")
+    lm.separate(str(cut))
+    lm.separate(str(cut))
+    assert capsys.readouterr().err.splitlines() == ["target is slow", "cut is slow"]
 
 
 def test_chat(target: Path, cut: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
