@@ -102,8 +102,8 @@ class Drafter:
             self.odds.start(level.name, LEVEL_PRIORS)
         self._prices = prices
         self._met: set[str] = set()  # levels whose first pass of this text is over
-        costs, levels = (prices.costs, prices.levels) if prices else (None, {})
-        self.worth = Worth(costs, levels, self.odds.gains)
+        levels, starts = (prices.levels, prices.starts) if prices else ({}, {})
+        self.worth = Worth(prices.costs if prices else None, levels, self.odds.gains, starts)
         self.counts = {x.name: SourceCounts(x.name) for x, _, _ in self._sources}
         self.wants_top = any(x.name == "recycle" for x, _, _ in self._sources)
         self._top = Offer()  # this round's proposals below the root

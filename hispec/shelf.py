@@ -17,6 +17,7 @@ from hispec.drafter import Drafter
 from hispec.hierarchy import SOURCES, Hierarchy, Level
 from hispec.odds import Odds
 from hispec.planner.first_prices import (
+    LevelCost,
     context_growth,
     keep_price_slope,
     level_cost,
@@ -57,7 +58,7 @@ class Shelf:
         self._prices: Prices | None = None  # of the living set
         self._table: list[float] = []
         self._growth = Growth()
-        self._level_costs: dict[str, float] = {}
+        self._level_costs: dict[str, LevelCost] = {}
 
     @cached_property
     def _tokenizer(self) -> str:
@@ -88,15 +89,17 @@ class Shelf:
 
     def _priced(self, levels: Sequence[Level], learn: bool) -> Prices:
         """Returns what passes cost, and those of levels that adapt."""
-        costs = {level.name: self._level_cost(level) for level in levels}
+        measured = {level.name: self._level_cost(level) for level in levels}
+        costs = {name: cost.each for name, cost in measured.items()}
+        reading = {name: cost.token for name, cost in measured.items()}
         if self._prices is None:
             self._table = pass_costs(self._lm.model)
             self._growth = context_growth(self._lm.model)
             keep = partial(keep_price_slope, self._lm.model)
             self._prices = Prices(self._table, {}, price_slope(self._lm.model), keep, self._growth)
         if not learn:
-            return Prices(self._table, costs, growth=self._growth)
-        self._prices.add(costs)
+            return Prices(self._table, costs, growth=self._growth, reading=reading)
+        self._prices.add(costs, reading)
         return self._prices
 
     def reprice(self, exits: Sequence[int], models: Sequence[str]) -> None:
@@ -108,7 +111,7 @@ class Shelf:
         for level in (*(Level(0, 1, model=x) for x in models), *(Level(e, 1) for e in exits)):
             self._level_cost(level, anew=True)
 
-    def _level_cost(self, level: Level, *, anew: bool = False) -> float:
+    def _level_cost(self, level: Level, *, anew: bool = False) -> LevelCost:
         lm, key = self._lm, level.model or level.name
         if key not in self._level_costs:
             if level.model:

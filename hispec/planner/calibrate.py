@@ -116,7 +116,9 @@ def calibrate(
     usual = min(prompts, key=lambda ids: abs(len(ids) - context))
     plain = plainly(lm, usual)
     costs = replace(
-        costs, models_s=models_cost(lm, models, context), prompt_s=prompt_cost(lm, models)
+        costs,
+        models_s=models_cost(lm, models, context),
+        prompt_s={**costs.prompt_s, **prompt_cost(lm, models)},
     )
     acceptance = Acceptance()
     shadows: list[Shadow] = []

@@ -43,9 +43,11 @@ class CostTable:
         heads_s: of each exit's head and the target's, picks included, by rows.
         round_s: of what each exit's head takes more at a root than from there on: to catch up on
             what was committed, and to come from memory once.
-        kept_s: of what one of an exit's layers takes less from there on.
+        kept_s: of what one of an exit's layers takes less from there on, and where the level above
+            lifts what has seen no layer.
         models_s: of a whole pass of each separate model, by rows.
-        prompt_s: of a token of a prompt that a separate model reads.
+        prompt_s: of a token of a prompt that a separate model reads, or an exit's head, before it
+            first drafts in a text.
         step_s: of the engine's own work in a level's step; of a lowest exit's ``LOWEST_STEP``.
         ask_s: of asking the databases once and teaching them what came of it.
         spread: how far measurements scattered: the median's distance from the least, relative.
@@ -85,7 +87,7 @@ class CostTable:
         if name in self.models_s:
             return at(self.models_s[name], rows) + self.step_s
         depth = self.depths[name]
-        below = lifted * self.layers_s(0, known, 1)
+        below = lifted * (self.layers_s(0, known, 1) - known * self.kept_in(known))
         own = self.layers_s(known, depth, rows) - self.kept_s.get(name, 0.0) * (depth - known)
         lowest = name != TARGET and not known
         besides = self.step_s * (LOWEST_STEP if lowest else 1.0)
@@ -100,6 +102,10 @@ class CostTable:
         """
         own = self.depths.get(name, known) - known
         return self.round_s.get(name, 0.0) + self.kept_s.get(name, 0.0) * own
+
+    def kept_in(self, depth: int) -> float:
+        """Returns ``kept_s`` of the exit behind so many layers; 0 where there is none."""
+        return next((self.kept_s.get(x, 0.0) for x, n in self.depths.items() if n == depth), 0.0)
 
     @property
     def plain_s(self) -> float:

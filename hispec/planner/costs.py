@@ -71,11 +71,11 @@ def cost_table(
     else:
         layer = [time / layers for time in whole]
     call = [max(time - layers * one, 0.0) for time, one in zip(whole, layer, strict=True)]
-    depths, heads_s, round_s, kept_s = {}, {}, {}, {}
+    depths, heads_s, round_s, kept_s, prompt_s = {}, {}, {}, {}, {}
     for exit_layer in sorted(heads):
         name = f"exit {exit_layer}"
         own = partial(measure_head, model, heads[exit_layer], exit_layer, context)
-        key = f"{label}|{exit_layer}|{context}|{HEAD_WIDTHS}|{REPEATS}|as run"
+        key = f"{label}|{exit_layer}|{context}|{HEAD_WIDTHS}|{REPEATS}|and reading"
         found = remembered("heads", model, own, key, anew=anew) if label else own()
         heads_s[name] = filled(
             {width: times[0] for width, times in zip(HEAD_WIDTHS, found["rows"], strict=True)}
@@ -83,7 +83,9 @@ def cost_table(
         round_s[name] = max(found["root"][0][0] - at(heads_s[name], 1), 0.0)
         depths[name] = exit_layer
         # Layers and head together, as the caches hold less of both than of either alone.
-        surcharge = found["first"][0][0] - found["again"][0][0]
+        first = found["first"][0][0]
+        prompt_s[name] = max(found["prompt"][0][0] - first, 0.0) / context
+        surcharge = first - found["again"][0][0]
         kept = (surcharge - round_s[name]) / max(exit_layer, 1)
         kept_s[name] = min(max(kept, 0.0), layer[1])
     return CostTable(
@@ -93,6 +95,7 @@ def cost_table(
         {**heads_s, TARGET: head},
         round_s,
         kept_s,
+        prompt_s=prompt_s,
         spread=statistics.median(scatter),
         context=context,
     )
@@ -141,7 +144,7 @@ def measure_head(
     At a new root the target's weights have just gone through the caches, and the head's come from
     memory. A head that drafts on finds there what they hold of it from the row before. So do the
     exit's layers: ``first`` and ``again`` are both together, over one row, at a new root and as it
-    drafts on.
+    drafts on; ``prompt`` is a text's very first, before which the head reads it.
     """
     layers = model.config.num_layers
     with torch.inference_mode():
@@ -161,6 +164,7 @@ def measure_head(
 
         tasks["first", 1] = partial(drafts, context - CAUGHT_UP)
         tasks["again", 1] = partial(drafts, context)
+        tasks["prompt", 1] = partial(drafts, 0)
 
         def before(task: tuple[str, int]) -> None:
             plain_pass(model, context, cache)
@@ -169,5 +173,5 @@ def measure_head(
 
         times = in_turn(tasks, before, REPEATS, PATIENCE_S, untimed=untimed(model))
         head.truncate(0)
-    found = {name: [times[name, 1]] for name in ("root", "first", "again")}
+    found = {name: [times[name, 1]] for name in ("root", "first", "again", "prompt")}
     return {"rows": [times["rows", width] for width in HEAD_WIDTHS], **found}

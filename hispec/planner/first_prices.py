@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import NamedTuple
 
 import torch
 
@@ -27,6 +28,7 @@ from hispec.planner.timing import (
     beside,
     drafted,
     fitting,
+    head_alone,
     plain_pass,
     run_rows,
     untimed,
@@ -40,6 +42,18 @@ WIDE = 12
 REPEATS, PATIENCE_S = 12, 1.5
 #: Rows of an exit's pass where nobody knows better: the root, and one that the databases propose.
 LEVEL_ROWS = 2
+
+
+class LevelCost(NamedTuple):
+    """What an exit or a separate model takes, in target's passes over one row.
+
+    Attributes:
+        each: a pass.
+        token: of a text's first one, a token of the prompt that it has to read.
+    """
+
+    each: float
+    token: float
 
 
 def pass_costs(model: Llama, *, anew: bool = False) -> list[float]:
@@ -104,8 +118,8 @@ def keep_price_slope(model: Llama, slope: float) -> None:
 
 def level_cost(
     model: Llama, head: ExitHead, exit_layer: int, label: str = "", *, anew: bool = False
-) -> float:
-    """Returns the time of an exit's first pass of a round, over two rows, in target's of one.
+) -> LevelCost:
+    """Returns the time of an exit's first pass of a round, over two rows.
 
     Args:
         model: the target.
@@ -116,27 +130,29 @@ def level_cost(
         anew: measure now, whatever is remembered.
     """
 
-    def measure() -> float:
+    def measure() -> list[float]:
         context = fitting(model, CONTEXT)
         cache = model.new_cache([exit_layer, model.config.num_layers], context + MAX_WIDTH)
 
-        def first_pass() -> float:
+        def knowing(known: int) -> float:
             run_rows(model, cache, exit_layer, context, LEVEL_ROWS)
-            return drafted(head, cache, context, LEVEL_ROWS, context - CAUGHT_UP)
+            return drafted(head, cache, context, LEVEL_ROWS, known)
 
         with torch.inference_mode():
             plain = partial(plain_pass, model, context, cache)
-            ratio = _beside_plain(model, plain, {0: first_pass})[0]
+            passes = {known: partial(knowing, known) for known in (context - CAUGHT_UP, 0)}
+            each, whole = _beside_plain(model, plain, passes).values()
             head.truncate(0)
-        return ratio
+        return [each, max(whole - each, 0.0) / context]
 
     if not label:
-        return measure()
-    return float(remembered("levels", model, measure, f"{label}|{exit_layer}", anew=anew))
+        return LevelCost(*measure())
+    detail = f"{label}|{exit_layer}|and reading"
+    return LevelCost(*remembered("levels", model, measure, detail, anew=anew))
 
 
-def model_cost(model: Llama, other: Llama, *, anew: bool = False) -> float:
-    """Returns the time of a separate model's pass over two rows, relative to a target's of one.
+def model_cost(model: Llama, other: Llama, *, anew: bool = False) -> LevelCost:
+    """Returns the time of a separate model's pass over two rows, and of reading a prompt.
 
     Args:
         model: the target.
@@ -144,17 +160,24 @@ def model_cost(model: Llama, other: Llama, *, anew: bool = False) -> float:
         anew: measure now, whatever is remembered.
     """
 
-    def measure() -> float:
+    def measure() -> list[float]:
         context = min(fitting(model, CONTEXT), fitting(other, CONTEXT))
         cache = model.new_cache([model.config.num_layers], context + MAX_WIDTH)
         apart = other.new_cache([other.config.num_layers], context + MAX_WIDTH)
+
+        def reads() -> float:
+            apart.truncate(0)
+            other.prefill(apart, [0] * context)
+            return head_alone(other, apart.states[other.config.num_layers][:1])
+
         run = partial(plain_pass, other, context, apart, LEVEL_ROWS)
         with torch.inference_mode():
             plain = partial(plain_pass, model, context, cache)
-            return _beside_plain(model, plain, {0: run})[0]
+            each, whole = _beside_plain(model, plain, {0: run, 1: reads}).values()
+        return [each, whole / context]
 
-    detail = f"{other.config}|{other.dtype}"
-    return float(remembered("levels", model, measure, detail, anew=anew))
+    detail = f"{other.config}|{other.dtype}|and reading"
+    return LevelCost(*remembered("levels", model, measure, detail, anew=anew))
 
 
 def _whole_passes(model: Llama) -> list[float]:

@@ -14,6 +14,10 @@ what it has added of late, but its own pick at least.
 
     run the exit   ⇔   brought per chance · chance  >  rate · (cost + rows' cost per run)
 
+An exit that remembers what came before has to read the prompt first, in this text once. It is not
+asked before it is clear that this comes back: what it would have brought so far, were it ready, is
+added up, and a text is expected to go on for ``FORESEEN`` times as long.
+
 An exit that does not pay is still asked now and then, as texts change: for ``EXPLORED`` of the time
 where it nearly pays, and the less the less it brings, down to ``LEAST_EXPLORED`` of that. The time
 is that of all texts, so that short ones add up.
@@ -30,6 +34,8 @@ FIRST_PASSES = 4.0
 #: What an exit is expected to bring before it was run, and what that guess counts for, in passes.
 FIRST_BROUGHT = 0.4
 FIRST_RUNS = 3.0
+#: What an exit would have brought in a text so far is a share of what it will bring: one to this.
+FORESEEN = 4.0
 #: The share of the time that goes to asking exits that seem not to pay.
 EXPLORED = 0.01
 LEAST_EXPLORED = 0.1
@@ -88,6 +94,7 @@ class Worth:
         level_costs: relative time of a pass of each exit, by name; those that are missing always
             pay.
         gains: of the exits; outlives the text.
+        starts: relative time that an exit's first pass takes more, by name.
     """
 
     def __init__(
@@ -95,10 +102,13 @@ class Worth:
         costs: Sequence[float] | None,
         level_costs: Mapping[str, float],
         gains: Gains,
+        starts: Mapping[str, float] | None = None,
     ) -> None:
         self._costs = costs
         self._level_costs = level_costs
         self._gains = gains
+        self._starts = dict(starts or {})  # of exits that have not run yet
+        self._missed = dict.fromkeys(self._starts, 0.0)  # what they would have brought, in time
         for name in level_costs:
             gains.by_level.setdefault(name, Gain())
         self._tokens = FIRST_RATE * FIRST_PASSES
@@ -138,11 +148,17 @@ class Worth:
         gain = self._gains.by_level[level]
         rows = max(gain.rows / gain.runs, self._cost(width + 1) - self._cost(width))
         value, price = gain.brought / gain.chances * chance, self.rate * (cost + rows)
+        start = self._starts.get(level, 0.0)
         if value <= price:
             share = EXPLORED * max(value / price, LEAST_EXPLORED)
-            if self._gains.explored + cost > share * self._gains.total:
+            if self._gains.explored + cost + start > share * self._gains.total:
                 return False
-            self._gains.explored += cost
+            self._gains.explored += cost + start
+        elif start:
+            self._missed[level] += (value - price) / self.rate
+            if FORESEEN * self._missed[level] < start:
+                return False
+        self._starts.pop(level, None)
         self._spent += cost
         self._runs.append((level, chance))
         return True

@@ -11,6 +11,9 @@ and s, by how much rows are dearer than the table says.
 How much dearer attention makes a row by a text's length is measured beforehand, too (1,200 tokens
 make the second to fourth rows twice as dear on AVX2), and the table is that of the text's prompt.
 
+An exit that remembers what came before reads the whole prompt in its first pass of a text. That
+costs by the token, is measured beforehand, and is told apart from what its other passes take.
+
 Passes of earlier texts fade. A pass that takes several times as long as expected was interrupted,
 and counts as if it had not been; a text's first ones, which catch up on its prompt, do not count at
 all. While a text is written prices stand still.
@@ -66,10 +69,12 @@ class Prices:
         slope: s to start with.
         save: is told s after every text.
         growth: of the table with the text.
+        reading: relative time that a token of the prompt takes an exit, likewise.
 
     Attributes:
         costs: the table as it has proved to be.
         levels: likewise.
+        starts: relative time that an exit's first pass of this text takes more than others.
         slope: s.
     """
 
@@ -80,6 +85,7 @@ class Prices:
         slope: float = 1.0,
         save: Callable[[float], object] = lambda slope: None,
         growth: Growth | None = None,
+        reading: Mapping[str, float] | None = None,
     ) -> None:
         self._measured, self._growth = list(table), growth
         self._table = list(table)  # for this text
@@ -88,23 +94,27 @@ class Prices:
         self._start: dict[str, float] = {}
         self.costs: list[float] = []
         self.levels: dict[str, float] = {}
-        self.add(levels)
+        self.starts: dict[str, float] = {}
+        self._reading: dict[str, float] = {}
+        self.add(levels, reading)
         # Σ 1, Σ x, Σ x², Σ t, Σ x t over passes, x = table[w] − 1; and Σ t, Σ 1 by exit.
         self._sums = [0.0] * 5
         self._level_sums: dict[str, list[float]] = {}
         self._set(slope)
 
     def begin(self, length: int) -> None:
-        """Makes the table that of a text of so many tokens."""
+        """Makes prices those of a text whose prompt has so many tokens."""
+        self.starts = {name: length * token for name, token in self._reading.items()}
         if self._growth:
             self._table = self._growth.table(self._measured, length)
             self._set(self.slope)
 
-    def add(self, levels: Mapping[str, float]) -> None:
+    def add(self, levels: Mapping[str, float], reading: Mapping[str, float] | None = None) -> None:
         """Makes exits known; those that are keep their times."""
         for name, cost in levels.items():
             if name not in self._start:
                 self._start[name] = self.levels[name] = cost
+        self._reading = {**(reading or {}), **self._reading}
 
     def took(self, rows: int, seconds: float) -> None:
         """Counts a target's pass."""

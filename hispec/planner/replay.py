@@ -81,7 +81,7 @@ class _Echo(Decoder):
         self._done = done
         self._vocab_size = self.levels[-1].runner.model.config.vocab_size
         self._met: set[str] = set()  # exits that have met this round's root
-        self._read: set[str] = set()  # separate models that have read the prompt
+        self._read: set[str] = set()  # who has read the prompt
 
     def commit(self) -> list[int]:
         """See ``Decoder.commit``."""
@@ -145,10 +145,10 @@ class _Echo(Decoder):
         short = level is self.levels[0] and level is not self.levels[-1] and not self.drafter
         besides = LOWEST_STEP if short and name not in costs.models_s else 1.0
         seconds, own = besides * costs.step_s, 0
+        if name not in self._read:
+            self._read.add(name)
+            seconds += self._shadow.start * costs.prompt_s.get(name, 0.0)
         if name in costs.models_s:  # what it was not asked about it runs now
-            if name not in self._read:
-                self._read.add(name)
-                seconds += self._shadow.start * costs.prompt_s.get(name, 0.0)
             missing = upto - cache.length
             seconds += missing // MAX_WIDTH * at(costs.models_s[name], MAX_WIDTH)
             seconds += at(costs.models_s[name], missing % MAX_WIDTH)
@@ -161,6 +161,8 @@ class _Echo(Decoder):
             if start < upto and name not in costs.models_s:
                 seconds += costs.layers_s(below, top, upto - start)
                 own = top - below
+                if top != levels[-1]:  # where the exit there has just drafted
+                    seconds -= costs.kept_in(top) * own
             below = top
         cache.computed.update((x, upto) for x in levels if cache.computed[x] < upto)
         if name not in self._met:

@@ -13,6 +13,8 @@ from hispec.generation import LM
 from hispec.hierarchy import MAX_WIDTH, Hierarchy, Level
 from hispec.model.checkpoint import open_checkpoint
 from hispec.model.exits import Exits
+from hispec.planner.first_prices import LevelCost
+from hispec.planner.prices import Growth
 from hispec.result import Result
 
 PROMPT, COUNT = list(range(3, 12)), 6
@@ -45,7 +47,8 @@ def test_they_draft_as_on_torchs_passes(
 ) -> None:
     # The interpreter's times say nothing, and take a minute to measure.
     monkeypatch.setattr(shelf, "pass_costs", lambda model: [0.0] + [1.0] * MAX_WIDTH)
-    monkeypatch.setattr(shelf, "level_cost", lambda *_, **__: 0.05)
+    monkeypatch.setattr(shelf, "context_growth", lambda model: Growth(256))
+    monkeypatch.setattr(shelf, "level_cost", lambda *_, **__: LevelCost(0.05, 0.0))
     wanted = answer(open_lm(folder, exits=exits), chain())
     ours, theirs = answer(lm, hierarchy), answer(open_lm(folder, exits=exits), hierarchy)
     assert ours.token_ids == theirs.token_ids == wanted.token_ids

@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
-from hispec.planner.online import FIRST_BROUGHT, FIRST_RATE, FIRST_RUNS, MEMORY, Gain, Gains, Worth
+from hispec.planner.online import (
+    FIRST_BROUGHT,
+    FIRST_RATE,
+    FIRST_RUNS,
+    FORESEEN,
+    MEMORY,
+    Gain,
+    Gains,
+    Worth,
+)
 
 COSTS = [0.0] + [1.0 + 0.05 * rows for rows in range(32)]
 
@@ -43,6 +54,19 @@ def test_a_useless_exit_is_asked_ever_more_rarely() -> None:
     assert runs[0] > runs[-1]
     gains = Gains({"exit 4": Gain(10.0, 0.01, 10.0)})
     assert play(Worth(None, {"exit 4": 0.2}, gains), 250, 0) <= 1  # known from earlier texts
+
+
+def test_an_exit_that_has_to_read_first_waits_until_that_comes_back() -> None:
+    worth = Worth(None, {"exit 4": 0.2}, Gains(), {"exit 4": 2.0})
+    net = FIRST_BROUGHT / FIRST_RATE - 0.2  # what it is expected to bring in a round, in time
+    # All the more in later rounds, which yield less than the first are thought to.
+    rounds = math.ceil(2.0 / (FORESEEN * net))
+    asked = [play(worth, 1, 1) for _ in range(rounds)]
+    assert rounds // 2 < asked.index(1) < rounds
+    assert play(worth, 50, 1) == 50, "it has read all by now"
+    assert play(Worth(None, {"exit 4": 0.2}, Gains(), {"exit 4": 0.1}), 50, 1) == 50
+    seldom = Worth(None, {"exit 4": 0.2}, Gains(), {"exit 4": 2.0})
+    assert play(seldom, 50, 1, chance=0.4) == 0, "others know what comes: nothing is read"
 
 
 def test_where_others_know_what_comes_an_exit_has_less_to_bring() -> None:

@@ -17,6 +17,7 @@ from hispec.planner import costs, devices, first_prices, timing
 from hispec.planner.acceptance import OWN, Acceptance, Key
 from hispec.planner.calibrate import Calibration, fitted
 from hispec.planner.cost_table import LOWEST_STEP, TARGET, CostTable, at, filled
+from hispec.planner.first_prices import LevelCost
 from hispec.planner.prices import Growth
 from hispec.result import Result
 
@@ -106,7 +107,7 @@ def test_what_the_caches_keep_is_what_a_first_draft_takes_more(
         row = [(2.0 + width, 0.1) for width in timing.WIDTHS]
         passes = {"few": row, "all": [(3 * x, y) for x, y in row], "head": row, "short": 1}
         head = {"rows": [(1.0, 0.1)] * len(costs.HEAD_WIDTHS), "root": [(1.5, 0.1)]}
-        head |= {"first": [(first, 0.1)], "again": [(again, 0.1)]}
+        head |= {"first": [(first, 0.1)], "again": [(again, 0.1)], "prompt": [(first + 32.0, 0.1)]}
         monkeypatch.setattr(costs, "measure", lambda *_: passes)
         monkeypatch.setattr(costs, "measure_head", lambda *_: head)
         return costs.cost_table(lm.model, {2: lm.head(2)}, 64, anew=True)
@@ -115,6 +116,8 @@ def test_what_the_caches_keep_is_what_a_first_draft_takes_more(
     for first, again, kept in ((5.5, 4.0, 0.5), (4.0, 4.0, 0.0), (9.0, 1.0, 1.2)):
         made = found(first, again)
         assert made.round_s["exit 2"] == 0.5
+        assert made.prompt_s["exit 2"] == 32.0 / 64
+        assert made.kept_in(2) == made.kept_s["exit 2"] and made.kept_in(3) == 0.0
         assert made.kept_s["exit 2"] == pytest.approx(kept), "of each of two layers, within bounds"
         if 0 < kept < 1:
             assert made.first_s("exit 2", 0) == pytest.approx(first - again)
@@ -137,7 +140,8 @@ def test_first_prices_wait_for_nothing_but_a_second(
     found = prices()
     relative = found[0]
     assert relative[:2] == [0.0, 1.0] and relative == sorted(relative) and len(relative) == ROWS
-    assert found[2] > 0 and found[3] > 0.5
+    assert found[2].each > 0 and found[3].each > 0.5
+    assert found[2].token >= 0 and found[3].token > 0
     assert found[1].context == 256 and found[1].first >= 0 and found[1].more >= 0
     assert prices() == found, "remembered"
     assert first_prices.level_cost(lm.model, head, 2) != found[2], "nobody says whose head"
@@ -151,6 +155,21 @@ def test_first_prices_wait_for_nothing_but_a_second(
         first_prices.level_cost(lm.model, head, 2, "other exits")
     with pytest.raises(AssertionError, match="measured again"):
         first_prices.model_cost(lm.model, lm.model, anew=True)
+
+
+def test_reading_a_prompt_is_told_from_drafting(
+    tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = open_lm(save_model(tmp_path / "llama", "gqa"))
+    # Two rows behind 256 tokens: all but the last two are known, or nothing is.
+    times = {254: 0.1, 0: 0.4}
+    monkeypatch.setattr(
+        first_prices,
+        "beside",
+        lambda _, tasks, *__, **___: {x: times[x] for x in tasks},
+    )
+    found = first_prices.level_cost(lm.model, lm.head(2), 2)
+    assert found == LevelCost(0.1, pytest.approx(0.3 / 256))
 
 
 def test_what_length_costs_is_told_by_passes_far_out(
@@ -184,7 +203,7 @@ def test_a_plan_prices_anew(
     hierarchy = Hierarchy((Level(2, 1, ranks=True),))
     monkeypatch.setattr(first_prices, "_whole_passes", lambda model: [0.0, *[1.0] * MAX_WIDTH])
     monkeypatch.setattr(
-        first_prices, "_beside_plain", lambda *_, **__: dict.fromkeys(range(3), 0.25)
+        first_prices, "_beside_plain", lambda _, __, tasks, **___: dict.fromkeys(tasks, 0.25)
     )
     prices = lm.drafter(hierarchy, learn=False)._prices
     assert prices.costs[2:4] == [1.0, 1.0] and prices.levels == {"exit 2": 0.25}
@@ -192,7 +211,7 @@ def test_a_plan_prices_anew(
     dearer = [0.0, *map(float, range(1, MAX_WIDTH + 1))]
     monkeypatch.setattr(first_prices, "_whole_passes", lambda model: dearer)
     monkeypatch.setattr(
-        first_prices, "_beside_plain", lambda *_, **__: dict.fromkeys(range(3), 0.5)
+        first_prices, "_beside_plain", lambda _, __, tasks, **___: dict.fromkeys(tasks, 0.5)
     )
     assert lm.drafter(hierarchy, learn=False)._prices.levels == {"exit 2": 0.25}, "remembered"
     lm.reprice([2])

@@ -110,5 +110,9 @@ def test_a_text_has_prices_of_its_length_and_what_was_learnt() -> None:
     prices.begin(0)
     assert held == pytest.approx([0.0, 1.0, 1.2, 1.4])
     plain = Prices([0.0, 1.0, 1.1], {})
+    plain.add({"exit 2": 0.1}, {"exit 2": 0.002})
+    plain.add({"exit 2": 0.3}, {"exit 2": 0.004})  # known already
+    plain.begin(50)
+    assert plain.starts == {"exit 2": pytest.approx(0.1)} and plain.levels == {"exit 2": 0.1}
     plain.begin(1000)
     assert plain.costs == [0.0, 1.0, 1.1]
