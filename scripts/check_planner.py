@@ -7,8 +7,8 @@
 The first calibrates on every other prompt, forecasts the presets, what the planner would run, and
 the best hierarchies of one and of several levels, and measures all of them on the other prompts.
 The second lets exits agree as often as chosen (hispec/planner/synthetic.py) and compares tokens a
-pass, passes of every level and time with the simulator: the cost model apart from the exits. Both
-print a table and write rows.jsonl, one object a hierarchy, with what they were measured on.
+pass (which are drawn: luck is part of the error), passes of every level and a round's time with
+the simulator: the cost model apart from the exits. Both print a table and write rows.jsonl, one object a hierarchy, with what they were measured on.
 """
 
 from __future__ import annotations
@@ -246,6 +246,9 @@ class _Run:
             "low": min(measured),
             "high": max(measured),
             "error": predicted / found - 1,
+            "round_error": statistics.median(
+                x["predicted_round_ms"] / x["round_ms"] - 1 for x in self.repeats
+            ),
             "predicted_tokens_per_pass": self.predicted.tokens_per_pass,
             "tokens_per_pass": self.committed / target,
             "predicted_passes": dict(self.predicted.passes),
@@ -257,13 +260,15 @@ class _Run:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Prints the rows as a table."""
-    print(f"{'':34}{'predicted':>10}{'measured':>10}{'':16}{'error':>8}{'tokens a pass':>18}")
+    heads = f"{'error':>8}{'tokens a pass':>18}{'a round':>10}"
+    print(f"{'':34}{'predicted':>10}{'measured':>10}{'':16}{heads}")
     for row in rows:
         within = f"[{row['low']:.2f}, {row['high']:.2f}]" if row["low"] else ""
+        time = f"{row['round_error']:.1%}" if "round_error" in row else ""
         tokens = f"{row['predicted_tokens_per_pass']:.2f} / {row['tokens_per_pass']:.2f}"
         print(
             f"{row['name'][:34]:34}{row['predicted']:10.2f}{row['measured']:10.2f} {within:15}"
-            f"{row['error']:8.1%}{tokens:>18}"
+            f"{row['error']:8.1%}{tokens:>18}{time:>10}"
         )
 
 

@@ -181,7 +181,7 @@ def _counted(row: dict[str, Any], costs: CostTable) -> float:
             return 0.0
         ran = min(below / passes, 1.0)
         for rows, count in enumerate(level.get("passes_of", ())):
-            lifted = costs.layers_s(0, known, 1) * ran + costs.layers_s(0, known, rows) * (1 - ran)
+            lifted = costs.lifted_s(0, known) * ran + known * costs.layer_s[rows] * (1 - ran)
             seconds += count * (lifted + costs.pass_s(name, known, rows, 0.0))
         if name != TARGET:
             seconds += min(passes, row["passes"]) * costs.first_s(name, known)

@@ -4,9 +4,9 @@ A pass of a level runs the layers that its rows lack, then its head:
 
     c(i → j, n rows) = call(n) + (j − i) · layer(n) + head_j(n)
 
-``call`` is what any run of layers costs however short. The newest row of a pass has seen no layer
-at all: it is lifted, alone, through those below. A separate model shares nothing and costs what a
-whole pass of its own does.
+``call`` is what any pass costs however short. Its newest row has seen no layer at all: it is
+lifted, alone, through those below, which is a run of layers more in the same pass. A separate model
+shares nothing and costs what a whole pass of its own does.
 
 A target's pass drives all else from the caches. An exit's first pass of a round finds its weights
 in memory; when it drafts on, the caches hold some of them, which is what its passes are priced at.
@@ -38,7 +38,8 @@ class CostTable:
 
     Attributes:
         depths: layers below each exit and the target, by name; ascending.
-        call_s: (MAX_WIDTH + 1,) of a run of layers, whatever their number, by rows.
+        call_s: (MAX_WIDTH + 1,) of a pass, whatever its layers, by rows.
+        lift_s: of one that lifts, besides what it lifts through.
         layer_s: (MAX_WIDTH + 1,) of one layer.
         heads_s: of each exit's head and the target's, picks included, by rows.
         round_s: of what each exit's head takes more at a root than from there on: to catch up on
@@ -62,16 +63,28 @@ class CostTable:
     kept_s: Mapping[str, float] = field(default_factory=dict)
     models_s: Mapping[str, Sequence[float]] = field(default_factory=dict)
     prompt_s: Mapping[str, float] = field(default_factory=dict)
+    lift_s: float = 0.0
     step_s: float = 0.0
     ask_s: float = 0.0
     spread: float = 0.0
     context: int = 0
 
     def layers_s(self, lower: int, upper: int, rows: float) -> float:
-        """Returns the time of ``layers[lower:upper]`` over so many rows."""
+        """Returns the time of a pass through ``layers[lower:upper]`` over so many rows."""
         if lower == upper:
             return 0.0
         return at(self.call_s, rows) + (upper - lower) * at(self.layer_s, rows)
+
+    def lifted_s(self, lower: int, upper: int, rows: float = 1) -> float:
+        """Returns what a pass takes more that begins by lifting rows through these layers.
+
+        Where an exit is behind them it has just drafted.
+        """
+        if lower == upper:
+            return 0.0
+        names = (name for name, depth in self.depths.items() if depth == upper)
+        kept = max((self.kept_s.get(name, 0.0) for name in names), default=0.0)
+        return self.lift_s + (upper - lower) * (at(self.layer_s, rows) - kept)
 
     def pass_s(self, name: str, known: int, rows: float, lifted: float = 1.0) -> float:
         """Returns the time of a level's step, drafting below it not included.
@@ -87,7 +100,7 @@ class CostTable:
         if name in self.models_s:
             return at(self.models_s[name], rows) + self.step_s
         depth = self.depths[name]
-        below = lifted * (self.layers_s(0, known, 1) - known * self.kept_in(known))
+        below = lifted * self.lifted_s(0, known)
         own = self.layers_s(known, depth, rows) - self.kept_s.get(name, 0.0) * (depth - known)
         lowest = name != TARGET and not known
         besides = self.step_s * (LOWEST_STEP if lowest else 1.0)
@@ -102,10 +115,6 @@ class CostTable:
         """
         own = self.depths.get(name, known) - known
         return self.round_s.get(name, 0.0) + self.kept_s.get(name, 0.0) * own
-
-    def kept_in(self, depth: int) -> float:
-        """Returns ``kept_s`` of the exit behind so many layers; 0 where there is none."""
-        return next((self.kept_s.get(x, 0.0) for x, n in self.depths.items() if n == depth), 0.0)
 
     @property
     def plain_s(self) -> float:
@@ -127,6 +136,7 @@ class CostTable:
             kept_s={name: factor * time for name, time in self.kept_s.items()},
             models_s=slower(self.models_s),
             prompt_s={name: factor * time for name, time in self.prompt_s.items()},
+            lift_s=factor * self.lift_s,
         )
 
     def relative(self) -> list[float]:
@@ -148,6 +158,7 @@ class CostTable:
             "kept_s": dict(self.kept_s),
             "models_s": {name: list(row) for name, row in self.models_s.items()},
             "prompt_s": dict(self.prompt_s),
+            "lift_s": self.lift_s,
             "step_s": self.step_s,
             "ask_s": self.ask_s,
             "spread": self.spread,

@@ -18,7 +18,7 @@ from hispec.model.exits import ExitHead
 from hispec.model.llama import Llama
 from hispec.model.measured import remembered
 from hispec.model.nodes import MAX_WIDTH
-from hispec.planner.cost_table import TARGET, CostTable, at, filled
+from hispec.planner.cost_table import TARGET, CostTable, filled
 from hispec.planner.timing import (
     CAUGHT_UP,
     CONTEXT,
@@ -34,6 +34,8 @@ from hispec.planner.timing import (
 )
 
 HEAD_WIDTHS = (1, 2, 4, 8, MAX_WIDTH)
+#: What is timed of a head besides; see :func:`measure_head`.
+DRAFTS = ("first", "again", "prompt", "cold", "kept")
 #: Everything is timed so often in turn, until so many seconds are over.
 REPEATS, PATIENCE_S = 15, 30.0
 
@@ -57,9 +59,8 @@ def cost_table(
         anew: measure now, whatever is remembered.
     """
     context = fitting(model, context)
-    passes = remembered(
-        "passes", model, lambda: measure(model, context), f"{context}|{WIDTHS}|as run", anew=anew
-    )
+    key = f"{context}|{WIDTHS}|and lifting"
+    passes = remembered("passes", model, lambda: measure(model, context), key, anew=anew)
     short, layers = passes["short"], model.config.num_layers
     scatter = [spread for row in ("few", "all", "head") for _, spread in passes[row]]
     few, whole, head = (
@@ -71,23 +72,24 @@ def cost_table(
     else:
         layer = [time / layers for time in whole]
     call = [max(time - layers * one, 0.0) for time, one in zip(whole, layer, strict=True)]
+    # Of two rows all but the first few layers run as ever; there one row is lifted alone.
+    lifted = whole[2] - short * (layer[2] - layer[1])
+    lift = max(passes["lift"][0][0] - lifted, 0.0) if layers > short else 0.0
     depths, heads_s, round_s, kept_s, prompt_s = {}, {}, {}, {}, {}
     for exit_layer in sorted(heads):
         name = f"exit {exit_layer}"
         own = partial(measure_head, model, heads[exit_layer], exit_layer, context)
-        key = f"{label}|{exit_layer}|{context}|{HEAD_WIDTHS}|{REPEATS}|and reading"
+        key = f"{label}|{exit_layer}|{context}|{HEAD_WIDTHS}|{REPEATS}|{DRAFTS}"
         found = remembered("heads", model, own, key, anew=anew) if label else own()
         heads_s[name] = filled(
             {width: times[0] for width, times in zip(HEAD_WIDTHS, found["rows"], strict=True)}
         )
-        round_s[name] = max(found["root"][0][0] - at(heads_s[name], 1), 0.0)
         depths[name] = exit_layer
+        first, again, prompt, cold, kept = (found[task][0][0] for task in DRAFTS)
+        kept_s[name] = min(max(cold - kept, 0.0) / max(exit_layer, 1), layer[1])
         # Layers and head together, as the caches hold less of both than of either alone.
-        first = found["first"][0][0]
-        prompt_s[name] = max(found["prompt"][0][0] - first, 0.0) / context
-        surcharge = first - found["again"][0][0]
-        kept = (surcharge - round_s[name]) / max(exit_layer, 1)
-        kept_s[name] = min(max(kept, 0.0), layer[1])
+        round_s[name] = max(first - again - exit_layer * kept_s[name], 0.0)
+        prompt_s[name] = max(prompt - first, 0.0) / context
     return CostTable(
         {**depths, TARGET: layers},
         call,
@@ -96,6 +98,7 @@ def cost_table(
         round_s,
         kept_s,
         prompt_s=prompt_s,
+        lift_s=lift,
         spread=statistics.median(scatter),
         context=context,
     )
@@ -109,8 +112,9 @@ def measure(model: Llama, context: int) -> dict[str, int | list[Times]]:
         context: positions before them.
 
     Returns:
-        ``short``, the number of layers in ``few``; and ``few``, ``all`` and ``head``: for each of
-        ``WIDTHS`` the usual time and how it scatters.
+        ``short``, the number of layers in ``few``; ``few``, ``all`` and ``head``: for each of
+        ``WIDTHS`` the usual time and how it scatters; and ``lift``: of a pass through all over two
+        rows, the second of which is first lifted through ``few``.
     """
     layers = model.config.num_layers
     short = max(1, layers // 8)
@@ -125,7 +129,14 @@ def measure(model: Llama, context: int) -> dict[str, int | list[Times]]:
             found = run_rows(model, cache, count, context, width)
             return float(found[0, 0])  # sync: the pass is over
 
+        def lifting() -> float:
+            part.computed.update({short: context + 1, layers: context})
+            model.advance(part, [0] * (context + 2), context + 2, layers)
+            return float(part.states[layers][context, 0])  # sync
+
         tasks: dict[tuple[str, int], Callable[[], float]] = {}
+        if short < layers:
+            tasks["lift", 2] = lifting
         for width in WIDTHS:
             tasks["all", width] = partial(through, layers, width)
             tasks["few", width] = partial(through, short, width)
@@ -133,18 +144,21 @@ def measure(model: Llama, context: int) -> dict[str, int | list[Times]]:
         before = partial(plain_pass, model, context, whole)
         times = in_turn(tasks, lambda _: before(), REPEATS, PATIENCE_S, untimed=untimed(model))
     found = {row: [times[row, width] for width in WIDTHS] for row in ("few", "all", "head")}
-    return {"short": short, **found}
+    return {"short": short, **found, "lift": [x for key, x in times.items() if key[0] == "lift"]}
 
 
 def measure_head(
     model: Llama, head: ExitHead, exit_layer: int, context: int
 ) -> dict[str, list[Times]]:
-    """Returns seconds of an exit's head over ``HEAD_WIDTHS`` rows, and over one at a new root.
+    """Returns seconds of an exit's head over ``HEAD_WIDTHS`` rows, and of drafts of one row.
 
-    At a new root the target's weights have just gone through the caches, and the head's come from
-    memory. A head that drafts on finds there what they hold of it from the row before. So do the
-    exit's layers: ``first`` and ``again`` are both together, over one row, at a new root and as it
-    drafts on; ``prompt`` is a text's very first, before which the head reads it.
+    At a new root the target's weights have just gone through the caches, and an exit's come from
+    memory. One that drafts on finds there what they hold of it from the row before.
+
+    Returns:
+        ``rows``: the head by itself, drafting on. ``first`` and ``again``: layers and head, at a
+        new root and drafting on; ``prompt``: a text's very first, before which the head reads it.
+        ``cold`` and ``kept``: the layers alone, at a new root and behind a draft.
     """
     layers = model.config.num_layers
     with torch.inference_mode():
@@ -156,22 +170,26 @@ def measure_head(
         tasks: dict[tuple[str, int], Callable[[], float]] = {
             ("rows", width): partial(picked, width, context) for width in HEAD_WIDTHS
         }
-        tasks["root", 1] = partial(picked, 1, context - CAUGHT_UP)
+
+        def lifts() -> float:
+            return float(run_rows(model, cache, exit_layer, context, 1)[0, 0])  # sync
 
         def drafts(known: int) -> float:
             run_rows(model, cache, exit_layer, context, 1)
             return picked(1, known)
 
-        tasks["first", 1] = partial(drafts, context - CAUGHT_UP)
-        tasks["again", 1] = partial(drafts, context)
-        tasks["prompt", 1] = partial(drafts, 0)
+        first, again = partial(drafts, context - CAUGHT_UP), partial(drafts, context)
+        named: tuple[Callable[[], float], ...] = (first, again, partial(drafts, 0), lifts, lifts)
+        tasks.update({(name, 1): task for name, task in zip(DRAFTS, named, strict=True)})
 
         def before(task: tuple[str, int]) -> None:
             plain_pass(model, context, cache)
-            if task[0] in ("rows", "again"):
+            if task[0] == "rows":
                 tasks[task]()
+            elif task[0] in ("again", "kept"):
+                first()
 
         times = in_turn(tasks, before, REPEATS, PATIENCE_S, untimed=untimed(model))
         head.truncate(0)
-    found = {name: [times[name, 1]] for name in ("root", "first", "again", "prompt")}
+    found = {name: [times[name, 1]] for name in DRAFTS}
     return {"rows": [times["rows", width] for width in HEAD_WIDTHS], **found}

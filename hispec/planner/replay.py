@@ -159,10 +159,9 @@ class _Echo(Decoder):
         for start, group in groupby(levels, key=cache.computed.__getitem__):
             top = list(group)[-1]
             if start < upto and name not in costs.models_s:
-                seconds += costs.layers_s(below, top, upto - start)
+                run = costs.layers_s if top == levels[-1] else costs.lifted_s
+                seconds += run(below, top, upto - start)
                 own = top - below
-                if top != levels[-1]:  # where the exit there has just drafted
-                    seconds -= costs.kept_in(top) * own
             below = top
         cache.computed.update((x, upto) for x in levels if cache.computed[x] < upto)
         if name not in self._met:

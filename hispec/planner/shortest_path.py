@@ -210,7 +210,7 @@ class _Solver:
             at = lower.known == known
             passes[at] = np.interp(lower.handed[at] + 1, np.arange(MAX_WIDTH + 1), row)
             if name in costs.depths:
-                passes[at] -= lower.checked[at] * costs.layers_s(0, int(known), 1)
+                passes[at] -= lower.checked[at] * costs.lifted_s(0, int(known))
         return (lower.steps * lower.step[:, None] + lower.first[:, None] + passes) / gain
 
     def _rates(self, j: int, i: int) -> np.ndarray:

@@ -84,7 +84,7 @@ def test_layers_are_called_as_often_as_the_engine_calls_them(known, hierarchy: H
     narrow = lm.model.narrow
     with mock.patch.object(narrow, "lift", wraps=narrow.lift) as lift:
         lm.generate(prompt, hierarchy=hierarchy, max_new_tokens=COUNT, learn=False)
-    dear = replace(costs, call_s=[1.0 + time for time in costs.call_s])
+    dear = replace(costs, call_s=[1.0 + x for x in costs.call_s], lift_s=costs.lift_s + 1.0)
     before, after = (replay(lm, hierarchy, [shadow], x, acceptance) for x in (costs, dear))
     assert after.seconds - before.seconds == pytest.approx(lift.call_count, rel=0.03)
 

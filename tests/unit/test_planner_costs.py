@@ -38,7 +38,10 @@ def test_a_pass_is_layers_head_and_what_is_lifted() -> None:
     made = table(step_s=0.25, models_s={"small": [7.0] * ROWS})
     assert made.pass_s("exit 4", 0, 1) == 0.5 + 4 + 10 + 0.25 * LOWEST_STEP
     # Three rows through layers 4 to 8, the newest of them alone through layers 0 to 4 before.
-    assert made.pass_s("exit 8", 4, 3) == (0.5 + 4) + (0.5 + 3 * 4) + 10 + 0.25
+    assert made.pass_s("exit 8", 4, 3) == 4 + (0.5 + 3 * 4) + 10 + 0.25
+    lifts = table(step_s=0.25, lift_s=0.125, kept_s={"exit 4": 0.5})
+    assert lifts.pass_s("exit 8", 4, 3) == made.pass_s("exit 8", 4, 3) + 0.125 - 4 * 0.5
+    assert lifts.lifted_s(4, 8, 3) == 0.125 + 3 * 4 and lifts.lifted_s(4, 4) == 0.0
     assert made.pass_s("exit 8", 4, 3, lifted=0) == (0.5 + 3 * 4) + 10 + 0.25
     assert made.pass_s("small", 4, 9) == 7.25, "a separate model shares nothing"
     assert made.plain_s == 0.5 + 30 + 10 + 0.25
@@ -69,7 +72,9 @@ def test_relative_costs_start_at_one_and_never_fall() -> None:
 
 
 def test_it_survives_json() -> None:
-    made = table(round_s={"exit 4": 0.1}, kept_s={"exit 4": 0.05}, ask_s=0.2, context=256)
+    made = table(
+        round_s={"exit 4": 0.1}, lift_s=0.3, kept_s={"exit 4": 0.05}, ask_s=0.2, context=256
+    )
     assert CostTable.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
@@ -103,23 +108,28 @@ def test_what_the_caches_keep_is_what_a_first_draft_takes_more(
 ) -> None:
     lm = open_lm(save_model(tmp_path / "llama", "gqa"))
 
-    def found(first: float, again: float) -> CostTable:
+    def found(first: float, again: float, cold: float) -> CostTable:
         row = [(2.0 + width, 0.1) for width in timing.WIDTHS]
         passes = {"few": row, "all": [(3 * x, y) for x, y in row], "head": row, "short": 1}
-        head = {"rows": [(1.0, 0.1)] * len(costs.HEAD_WIDTHS), "root": [(1.5, 0.1)]}
-        head |= {"first": [(first, 0.1)], "again": [(again, 0.1)], "prompt": [(first + 32.0, 0.1)]}
+        passes["lift"] = [(12.2, 0.1)]
+        head = {"rows": [(1.0, 0.1)] * len(costs.HEAD_WIDTHS)}
+        drafts = (first, again, first + 32.0, cold, 3.0)
+        head |= {x: [(time, 0.1)] for x, time in zip(costs.DRAFTS, drafts, strict=True)}
         monkeypatch.setattr(costs, "measure", lambda *_: passes)
         monkeypatch.setattr(costs, "measure_head", lambda *_: head)
         return costs.cost_table(lm.model, {2: lm.head(2)}, 64, anew=True)
 
-    assert found(5.5, 4.0).layer_s[1] == pytest.approx(1.2)
-    for first, again, kept in ((5.5, 4.0, 0.5), (4.0, 4.0, 0.0), (9.0, 1.0, 1.2)):
-        made = found(first, again)
-        assert made.round_s["exit 2"] == 0.5
+    assert found(5.5, 4.0, 4.0).layer_s[1] == pytest.approx(1.2)
+    # Of 1.5 that a first draft takes more, its two layers save 1 later on.
+    cases = ((5.5, 4.0, 4.0, 0.5), (4.5, 4.0, 2.0, 0.0), (9.0, 1.0, 9.0, 1.2))
+    for first, again, cold, kept in cases:
+        made = found(first, again, cold)
+        assert made.round_s["exit 2"] == pytest.approx(max(first - again - 2 * kept, 0.0))
         assert made.prompt_s["exit 2"] == 32.0 / 64
-        assert made.kept_in(2) == made.kept_s["exit 2"] and made.kept_in(3) == 0.0
+        # Two rows take 12, one row less through a layer 0.4 less.
+        assert made.lift_s == pytest.approx(12.2 - (12 - 0.4))
         assert made.kept_s["exit 2"] == pytest.approx(kept), "of each of two layers, within bounds"
-        if 0 < kept < 1:
+        if kept < 1:
             assert made.first_s("exit 2", 0) == pytest.approx(first - again)
 
 

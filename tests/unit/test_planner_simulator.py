@@ -46,16 +46,19 @@ def test_one_exit_in_closed_form(window: int, rate: float) -> None:
     assert found.latency_s == pytest.approx(latency)
 
 
-def test_exits_that_run_once_a_round_find_nothing_in_the_caches() -> None:
+def test_the_caches_keep_what_a_draft_has_just_run() -> None:
     acceptance, cold = table(0.6, 0.7, 0.8), replace(COSTS, kept_s={})
-    for chain in ((("exit 4", 1),), (("exit 4", 1), ("exit 8", 1))):
-        found, wanted = (forecast(chain, x, acceptance).latency_s for x in (COSTS, cold))
-        assert found == pytest.approx(wanted)
-    again = (("exit 4", 3),)
-    saved = forecast(again, cold, acceptance), forecast(again, COSTS, acceptance)
-    assert (saved[0].latency_s - saved[1].latency_s) * saved[0].tokens_per_pass == pytest.approx(
-        2 * 4 * COSTS.kept_s["exit 4"]
-    )
+
+    def saved(*chain: tuple[str, int]) -> float:
+        found, wanted = (forecast(chain, costs, acceptance) for costs in (COSTS, cold))
+        return (wanted.latency_s - found.latency_s) * found.tokens_per_pass
+
+    four, eight = (layers * COSTS.kept_s[f"exit {layers}"] for layers in (4, 8))
+    # Every draft but the first, and the last one's pick, which the level above lifts.
+    assert saved(("exit 4", 1)) == pytest.approx(four)
+    assert saved(("exit 4", 3)) == pytest.approx(3 * four)
+    # Where exit 8 agrees its own pick is one too many, and the target lifts nothing.
+    assert saved(("exit 4", 1), ("exit 8", 1)) == pytest.approx(four + 0.3 * eight)
 
 
 def test_nothing_below_is_plain_decoding() -> None:
@@ -84,7 +87,7 @@ def test_means_are_close_to_distributions() -> None:
         for windows in itertools.product((1, 2, 4), repeat=2):
             chain = (("exit 4", windows[0]), ("exit 8", windows[1]))
             exact = forecast(chain, COSTS, acceptance).latency_s
-            assert chain_latency(chain, COSTS, acceptance) == pytest.approx(exact, rel=0.04)
+            assert chain_latency(chain, COSTS, acceptance) == pytest.approx(exact, rel=0.05)
 
 
 def test_origins_matter_where_they_differ_and_only_there() -> None:
