@@ -7,8 +7,9 @@
 The first calibrates on every other prompt, forecasts the presets, what the planner would run, and
 the best hierarchies of one and of several levels, and measures all of them on the other prompts.
 The second lets exits agree as often as chosen (hispec/planner/synthetic.py) and compares tokens a
-pass (which are drawn: luck is part of the error), passes of every level and a round's time with
-the simulator: the cost model apart from the exits. Both print a table and write rows.jsonl, one object a hierarchy, with what they were measured on.
+pass (which are drawn: luck is part of the error), passes of every level and a round's time with the
+simulator: the cost model apart from the exits. Both print a table and write rows.jsonl, one object
+a hierarchy, with what they were measured on.
 """
 
 from __future__ import annotations

@@ -252,7 +252,7 @@ def test_a_new_exit_starts_from_the_nearest(checkpoint, tmp_path):
 
 
 def test_a_round_s_first_draft_is_charged_in_full() -> None:
-    """What caches keep of an exit's layers helps later drafts, and the target with the last pick."""
+    """What caches keep of an exit's layers helps later drafts, and whoever lifts its last pick."""
     wide = MAX_WIDTH + 1
     cold = CostTable(
         {"exit 2": 2, TARGET: 8},
