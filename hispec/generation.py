@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,12 @@ class LM:
         return self._heads[boundary]
 
     def drafter(
-        self, hierarchy: Hierarchy, *, learn: bool = True, length: int | None = None
+        self,
+        hierarchy: Hierarchy,
+        *,
+        learn: bool = True,
+        length: int | None = None,
+        read: Mapping[str, int] | None = None,
     ) -> Drafter | None:
         """Returns what drafts for a hierarchy besides its exits' picks, None if nothing does.
 
@@ -134,9 +139,11 @@ class LM:
             hierarchy: names them and their budgets.
             learn: go on from what earlier texts taught them; otherwise they start afresh, and
                 nothing of this text is kept.
-            length: tokens of the prompt: the longer it is the dearer are rows.
+            length: tokens of the prompt: the longer it is the dearer are rows, and an exit's first
+                pass, which reads it.
+            read: of these, by name, those that an exit has read already.
         """
-        return self._shelf.drafter(hierarchy, learn=learn, length=length)
+        return self._shelf.drafter(hierarchy, learn=learn, length=length, read=read)
 
     def reprice(self, exits: Sequence[int], models: Sequence[str] = ()) -> None:
         """Times passes anew, those of some exits and separate models too: drafting goes by them."""

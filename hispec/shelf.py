@@ -8,7 +8,7 @@ benchmarks take it, and nothing they run is learnt from.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -66,7 +66,12 @@ class Shelf:
         return fingerprint(self._lm.tokenizer)
 
     def drafter(
-        self, hierarchy: Hierarchy, *, learn: bool = True, length: int | None = None
+        self,
+        hierarchy: Hierarchy,
+        *,
+        learn: bool = True,
+        length: int | None = None,
+        read: Mapping[str, int] | None = None,
     ) -> Drafter | None:
         """Returns what drafts for a hierarchy; see :meth:`LM.drafter`."""
         budgets = dict(hierarchy.sources) if hierarchy.nodes else {}
@@ -80,7 +85,7 @@ class Shelf:
             return None
         prices = self._priced(adaptive, learn) if hierarchy.adaptive else None
         if prices and length is not None:
-            prices.begin(length)
+            prices.begin(length, read)
         if not learn:
             for source in sources:
                 source.reset()

@@ -225,8 +225,10 @@ class Stream:
             first = picker.picks(logits, [last + 1], lambda _: tokens)[0]
             tokens.append(first)
         with enough_memory("timing passes", None, ADVICE):
+            names = (level.name for level in result.hierarchy.levels)
+            read = {name: level.read for name, level in zip(names, levels, strict=False)}
             drafter = self._drafter = lm.drafter(
-                result.hierarchy, learn=self._learn, length=len(tokens)
+                result.hierarchy, learn=self._learn, length=len(tokens), read=read
             )
         if drafter:
             drafter.begin(tokens)

@@ -12,7 +12,8 @@ Stages; what one has not begun after --stage-s is left out, and said to be:
               where that is missed; with torch's products in turn, which promise no bits
     spec      our methods on the model and its exits: tokens compared with plain decoding's, the
               host's part of a round; plain decoding with torch's products here, too
-    peers     transformers: generate, with a static (compiled) cache, early exit, prompt lookup
+    peers     transformers: generate, with a static (compiled) cache, early exit, prompt lookup;
+              early exit beside layerskip on the checkpoint adapted for it
     shapes    passes by range and width, and what hierarchies yield on them at given acceptance
 
 On a GPU --numerics fast runs the very kernels of exact, so what exactness costs is told beside
@@ -51,6 +52,8 @@ from hispec_kernels import gpu
 Row = dict[str, Any]
 #: Rows of the passes in which kernels are timed.
 WIDTHS = (1, 8, 16, 32)
+#: The default model, and the one whose exits transformers can use.
+MODEL, LAYERSKIP = "smollm2-135m", "smollm2-135m-layerskip"
 OURS = ("layerskip", "hispec", "hd", "auto")
 
 
@@ -113,14 +116,14 @@ class Bench:
             with open(self.args.out, "a") as file:
                 file.write(json.dumps(row) + "\n")
 
-    def lm(self, dtype: str) -> LM:
-        """Returns the model in a dtype, loaded once."""
-        if dtype not in self._lms:
-            self._lms[dtype] = load(
-                self.args.model, exits=self.args.exits, dtype=dtype, device=self.device.type
-            )
-            self.write({"stage": "model", **collect(self._lms[dtype])})
-        return self._lms[dtype]
+    def lm(self, dtype: str, model: str = "") -> LM:
+        """Returns the model, or another one, in a dtype, loaded once."""
+        name, exits = model or self.args.model, None if model else self.args.exits
+        key = f"{name} {dtype}"
+        if key not in self._lms:
+            self._lms[key] = load(name, exits=exits, dtype=dtype, device=self.device.type)
+            self.write({"stage": "model", **collect(self._lms[key])})
+        return self._lms[key]
 
     def shapes(self) -> list[str]:
         """Returns the shapes asked for."""
@@ -211,12 +214,13 @@ def spec(bench: Bench) -> Iterator[Row]:
 
 def peers(bench: Bench) -> Iterator[Row]:
     """transformers' methods beside plain decoding."""
-    names: Sequence[str] = ("hf", "hf-static", "hf-early-exit", "hf-prompt-lookup")
-    if bench.args.tiny:
-        names = ("hf", "hf-prompt-lookup")
-    yield from compare(
-        bench, "fp32" if bench.args.tiny else dtype_name(bench.dtype), names, bench.spent
-    )
+    dtype = "fp32" if bench.args.tiny else dtype_name(bench.dtype)
+    names = ("hf", "hf-static", "hf-early-exit", "hf-prompt-lookup")
+    both = bench.args.model == MODEL
+    yield from compare(bench, dtype, names, lambda: bench.spent() * (1 + both))
+    if both:  # the only exits that transformers can use share the model's own head
+        names = ("layerskip", "hf-early-exit")
+        yield from compare(bench, dtype, names, lambda: 2 * bench.spent() - 1, model=LAYERSKIP)
 
 
 def compare(
@@ -226,6 +230,7 @@ def compare(
     spent: Callable[[], float],
     *,
     fast: bool = False,
+    model: str = "",
 ) -> Iterator[Row]:
     """Plain decoding, with torch's products too where ``fast``, and each method."""
     from hispec.bench import gpu_methods
@@ -233,13 +238,13 @@ def compare(
     from hispec.bench.methods import Question
     from hispec.bench.roster import build
 
-    lm = bench.lm(dtype)
+    lm = bench.lm(dtype, model)
     work, methods = build(lm, [name for name in names if name != "hf-static"])
     if fast:
         methods[1:1] = gpu_methods.plain_on_fast(work)
     if "hf-static" in names:
         static = {"cache_implementation": "static"}  # for which transformers compiles the pass
-        methods.append(HF(HFModel(lm), "hf-static", static))
+        methods.append(HF(HFModel(lm), "hf-static", static, compiled=True))
     prompts = load_prompts(bench.args.prompts, 1 if bench.args.tiny else bench.args.limit).prompts
     limit = 4 if bench.args.tiny else bench.args.max_new_tokens
     questions = [Question(lm.encode(prompt.chat(0, [])), limit) for prompt in prompts]
@@ -249,7 +254,8 @@ def compare(
     asked = len(questions)
     for row in gpu_methods.compare(lm, methods, questions, clear, memory, spent):
         asked = row["prompts"]
-        yield {"method": row.pop("method"), "dtype": dtype, **row}
+        named = {"model": model} if model else {}
+        yield {"method": row.pop("method"), "dtype": dtype, **named, **row}
     if asked < len(questions):
         over = f"{bench.args.stage_s:g} s are over"
         print(f"{dtype}: {len(questions) - asked} questions left out, {over}", file=sys.stderr)
@@ -304,7 +310,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", default=",".join(STAGES), metavar="STAGES")
-    parser.add_argument("--model", default="smollm2-135m", metavar="M")
+    parser.add_argument("--model", default=MODEL, metavar="M")
     parser.add_argument("--exits", metavar="DIR")
     parser.add_argument(
         "--methods",

@@ -184,6 +184,7 @@ def _counted(row: dict[str, Any], costs: CostTable) -> float:
             lifted = costs.lifted_s(0, known) * ran + known * costs.layer_s[rows] * (1 - ran)
             seconds += count * (lifted + costs.pass_s(name, known, rows, 0.0))
         if name != TARGET:
+            seconds += row["prompt_tokens"] * costs.prompt_s.get(name, 0.0)
             seconds += min(passes, row["passes"]) * costs.first_s(name, known)
         known, below = costs.depths[name], passes
     return seconds

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,8 @@ class HF:
         assistant: options that assisted generation reads from ``model.generation_config`` alone:
             ``generate(num_assistant_tokens=…)`` is ignored there, and 20 used instead.
         note: for the reader of the row.
+        compiled: transformers compiles the pass, a token each. That is taken as read: what counts
+            passes would be compiled into it, anew for every count.
     """
 
     counts_ids = True
@@ -93,10 +95,13 @@ class HF:
         options: dict[str, Any] | None = None,
         assistant: dict[str, Any] | None = None,
         note: str = "",
+        *,
+        compiled: bool = False,
     ) -> None:
         self.name = name
         self.note = note
         self._hf = hf
+        self._compiled = compiled
         self._options = options or {}
         self._assistant = assistant or {}
         self.settings = {"transformers": {**self._options, **self._assistant}}
@@ -116,7 +121,9 @@ class HF:
         ids = torch.tensor([list(question.ids)], device=lm.model.device)
         arrivals = _Arrivals(clock)
         base = GenerationConfig(**ends, **self._assistant)
-        with restored(model, base), counted_forwards(model) as forwards, torch.inference_mode():
+        uncounted: list[tuple[int, int]] = []
+        counted = nullcontext(uncounted) if self._compiled else counted_forwards(model)
+        with restored(model, base), counted as forwards, torch.inference_mode():
             started = clock()
             output = model.generate(
                 ids,
@@ -127,6 +134,9 @@ class HF:
             ended = clock()
         tokens = output[0, ids.shape[1] :].tolist()
         first = arrivals.sizes[0]
+        if self._compiled:
+            depth = lm.model.config.num_layers
+            forwards = [(ids.shape[1], depth), *[(1, depth)] * (len(tokens) - first)]
         return self._outcome(
             tokens, first, arrivals.first_at - started, ended - arrivals.first_at, forwards
         )

@@ -7,7 +7,7 @@ more than any cache holds, so that a step still reads as many bytes as the whole
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,12 @@ from hispec.model.config import ModelConfig
 from hispec.model.gpu import GpuPasses, gpu_passes
 from hispec.model.linear import Linear
 from hispec.model.llama import Llama, weight_bytes
+from hispec.model.nodes import MAX_WIDTH
 from hispec.model.passes import Asked, Passes
+from hispec.planner.acceptance import Acceptance
+from hispec.planner.cost_table import TARGET, CostTable, filled
+from hispec.planner.shortest_path import Chain, shortest
+from hispec.planner.simulator import forecast
 from hispec.planner.timing import run_rows
 
 #: name → V, D, I, L, H, H_kv, D_h, tied, distinct layers
@@ -210,52 +215,54 @@ def plain_rows(
 
 
 def curve_rows(name: str, model: Llama, context: int, repeats: int) -> list[dict[str, Any]]:
-    """Returns measured passes by range and width, and what hierarchies would yield on them.
+    """Returns measured passes by range and width, and what the planner makes of them.
 
-    Exits at an eighth and a quarter; acceptance is the same at every level, and synthetic.
+    Exits at an eighth and a quarter, with the model's own head; acceptance is the same at every
+    level, and synthetic. The last way is the fastest that the planner finds.
     """
     layers, steps = model.config.num_layers, Steps(model, context, repeats)
     low, middle = max(1, layers // 8), max(2, layers // 4)
     widths = WIDTHS if repeats > 1 else WIDTHS[:2]
-    rows: list[dict[str, Any]] = []
-    costs: dict[tuple[int, int], list[float]] = {}
+    passes: dict[tuple[int, int], dict[int, float]] = {}
     for start, stop in ((0, low), (low, middle), (low, layers), (middle, layers), (0, layers)):
-        costs[start, stop] = [steps.ms(width, start, stop, head=True) for width in widths]
-        for width, ms in zip(widths, costs[start, stop], strict=True):
-            rows.append({"shape": name, "layers": [start, stop], "width": width, "ms": ms})
-    plain = costs[0, layers][0]
-    ways = {
-        "layerskip 4": ([costs[0, low][0], _at(costs[low, layers], widths, 5)], [4]),
-        "hispec 2/4": (
-            [
-                costs[0, low][0],
-                _at(costs[low, middle], widths, 3),
-                _at(costs[middle, layers], widths, 5),
-            ],
-            [2, 4],
-        ),
+        passes[start, stop] = {width: steps.ms(width, start, stop, head=True) for width in widths}
+    rows: list[dict[str, Any]] = [
+        {"shape": name, "layers": list(part), "width": width, "ms": ms}
+        for part, times in passes.items()
+        for width, ms in times.items()
+    ]
+    costs = table_of(passes[0, low], passes[0, layers], low, middle, layers)
+    exits = f"exit {low}", f"exit {middle}"
+    ways: dict[str, Chain] = {
+        "layerskip 4": ((exits[0], 4),),
+        "hispec 2/4": ((exits[0], 2), (exits[1], 4)),
     }
-    for way, (passes, windows) in ways.items():
-        for rate in ACCEPTANCE:
-            speedup = plain / cost_per_token(passes, windows, rate)
-            rows.append({"shape": name, "way": way, "acceptance": rate, "speedup": speedup})
+    for rate in ACCEPTANCE:
+        edges = (exits, (exits[0], TARGET), (exits[1], TARGET))
+        acceptance = Acceptance.constant(dict.fromkeys(edges, rate))
+        best = shortest(costs, acceptance, exits)[0].chain
+        for way, chain in (*ways.items(), ("planned", best)):
+            speedup = forecast(chain, costs, acceptance).speedup
+            row = {"shape": name, "way": way, "acceptance": rate, "speedup": speedup}
+            rows.append({**row, "chain": " → ".join(f"{x} by {n}" for x, n in chain) or "plain"})
     return rows
 
 
-def cost_per_token(passes: Sequence[float], windows: Sequence[int], rate: float) -> float:
-    """Returns the expected time of a committed token (HSD, arXiv 2510.19705), in the passes' unit.
+def table_of(
+    few: Mapping[int, float], whole: Mapping[int, float], low: int, middle: int, layers: int
+) -> CostTable:
+    """Returns the planner's table, in milliseconds, from passes that end with the head.
 
     Args:
-        passes: a pass of each level, the target last.
-        windows: tokens each level below the target hands up.
-        rate: acceptance at every level, in [0, 1).
+        few: through ``layers[:low]``, by rows, 1 among them; wider ones cost what the widest does.
+        whole: through all, likewise.
+        low: the first exit.
+        middle: the second.
+        layers: L.
     """
-    latency = passes[0]
-    for window, cost in zip(windows, passes[1:], strict=True):
-        latency = (window * latency + cost) * (1 - rate) / (1 - rate ** (window + 1))
-    return latency
-
-
-def _at(costs: Sequence[float], widths: Sequence[int], width: int) -> float:
-    """The cost at the least measured width that holds ``width`` rows."""
-    return next((c for c, w in zip(costs, widths, strict=True) if w >= width), costs[-1])
+    least, most = (filled({**x, MAX_WIDTH: x[max(x)]}) for x in (few, whole))
+    each = [max(b - a, 0.0) / (layers - low) for a, b in zip(least, most, strict=True)]
+    # What is no layer: the head, and what a pass costs however short.
+    head = [max(time - layers * one, 0.0) for time, one in zip(most, each, strict=True)]
+    depths = {f"exit {low}": low, f"exit {middle}": middle, TARGET: layers}
+    return CostTable(depths, [0.0] * len(each), each, dict.fromkeys(depths, head))

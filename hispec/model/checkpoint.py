@@ -106,6 +106,11 @@ class Checkpoint:
         path = self.path / "generation_config.json"
         return _read_json(path, self.name) if path.exists() else {}
 
+    @property
+    def revision(self) -> str | None:
+        """The commit that a hub's model is at; None for a folder of one's own."""
+        return self.path.name if self.path.parent.name == "snapshots" else None
+
     @functools.cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The tokens that end a text: generation_config.json's if it names any, else the config's.

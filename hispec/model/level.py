@@ -20,7 +20,7 @@ from typing import Protocol
 from hispec.errors import UsageError
 from hispec.model.cache import Cache
 from hispec.model.checkpoint import Checkpoint, open_checkpoint
-from hispec.model.exits import ExitHead, SharedHead
+from hispec.model.exits import ExitHead, SharedHead, TrainedHead
 from hispec.model.llama import Llama
 from hispec.model.nodes import MAX_WIDTH, Nodes
 from hispec.model.passes import Asked, Found, Token
@@ -45,6 +45,11 @@ class Level(Protocol):
     cache: Cache
     boundary: int
     head: ExitHead
+
+    @property
+    def read(self) -> int:
+        """Slots of the text that it has read; what follows it reads when it runs next."""
+        ...
 
     def run(
         self,
@@ -88,6 +93,11 @@ class Exit:
         self.cache = cache
         self.boundary = boundary
         self.head = head
+
+    @property
+    def read(self) -> int:
+        """See :class:`Level`."""
+        return slots_read(self.head) or 0
 
     def run(
         self,
@@ -133,6 +143,11 @@ class Separate:
         self.prompt = 0
         self.fingerprint = fingerprint
 
+    @property
+    def read(self) -> int:
+        """See :class:`Level`."""
+        return self.cache.length
+
     @staticmethod
     def open(path: str, target: Checkpoint, model: Llama) -> Separate:
         """Returns the model ready to draft for a target, in its dtype and on its device.
@@ -172,6 +187,13 @@ class Separate:
     def keep(self, root: int, kept: Sequence[int]) -> None:
         """See :class:`Level`."""
         self.model.keep(self.cache, root, kept)
+
+
+def slots_read(head: ExitHead) -> int | None:
+    """Returns how many slots of the text a head has read; None if it remembers nothing."""
+    if not isinstance(head, TrainedHead) or head.block is None:
+        return None
+    return head.final if head.context else head.known
 
 
 def _found(head: ExitHead, cache: Cache, first: int, nodes: Nodes, asked: Asked | None) -> Found:

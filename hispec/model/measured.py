@@ -56,7 +56,7 @@ def _key(model: Llama) -> str:
         _version(),
         torch.__version__,
         platform.machine(),
-        _processor(),
+        cpu_name(),
         torch.get_num_threads(),
         type(model.narrow).__name__,
         getattr(model.narrow, "build", ""),
@@ -80,22 +80,20 @@ def machine(device: torch.device) -> str:
     return cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
+@functools.cache
 def cpu_name() -> str:
-    """Returns the processor's name as the system gives it."""
-    return _processor().partition(":")[2].strip() or _processor() or platform.machine()
+    """Returns the processor's name and numbers: to a virtual machine all EPYCs have one name."""
+    fields: dict[str, str] = {}
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    name = fields.get("model name") or platform.processor() or platform.machine()
+    kinds = {"family": "cpu family", "model": "model", "part": "CPU part"}
+    numbers = [f"{kind} {fields[key]}" for kind, key in kinds.items() if key in fields]
+    return f"{name} ({', '.join(numbers)})" if numbers else name
 
 
 @functools.cache
 def _version() -> str:
     return metadata.version("hispec")
-
-
-@functools.cache
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("model name", "stepping")):
-                return line
-    except OSError:
-        pass
-    return platform.processor()

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 CONTEXT_STEP = 128
 #: Tokens of plain decoding that tell what passes take in earnest, and the engine besides.
 PLAIN_TOKENS = 32
+#: Tokens of plain decoding beside each answer, and the most that its passes may correct.
+BESIDE, MOST_DEARER = 16, 3.0
 #: Tokens of the prompt that tells what a separate model takes to read one.
 PROMPT_TOKENS = 256
 #: The most that the engine's own work may be of a pass.
@@ -123,16 +125,19 @@ def calibrate(
     acceptance = Acceptance()
     shadows: list[Shadow] = []
     answers: list[Result] = []
+    beside: list[Result] = []
     for number, ids in enumerate(prompts, 1):
         tell(f"answer {number} of {len(prompts)}")
         answer = lm.generate(ids, hierarchy=HD, max_new_tokens=max_new_tokens, learn=False)
         if answer.num_tokens > 1:
             answers.append(answer)
+            beside.append(lm.generate(ids, hierarchy=AR, max_new_tokens=BESIDE, learn=False))
             shadows.append(Shadow(lm, exits, ids, answer.token_ids, models))
     if not shadows:
         raise UsageError("the model answers none of these prompts with two tokens. Give others.")
     passes = sum(answer.passes for answer in answers)
     ask_s = sum(map(_besides, answers)) / passes - _besides(plain) / max(plain.passes, 1)
+    costs = costs.dearer(rows_dearer(costs, answers, beside))
     costs = replace(fitted(costs, plain), ask_s=max(ask_s, 0.0))
     roots = sum(shadow.count(acceptance) for shadow in shadows)
     found = Calibration(costs, acceptance, shadows, roots)
@@ -205,6 +210,30 @@ def fitted(costs: CostTable, plain: Result) -> CostTable:
     own = _besides(plain) / plain.passes
     # More than that is a machine that did something else just then.
     return replace(costs.times(slower), step_s=min(own, MOST_OWN_WORK * bare * slower))
+
+
+def rows_dearer(costs: CostTable, answers: Sequence[Result], beside: Sequence[Result]) -> float:
+    """Returns by what factor rows have proved dearer in some answers than the table says.
+
+    A neighbour who takes the memory's bandwidth makes rows cheaper beside the weights, and the
+    table knows one half minute. Answers take longer, and plain decoding of each prompt beside them
+    tells what a pass over one row took just then.
+
+    Args:
+        costs: of passes.
+        answers: whose passes ran over several rows.
+        beside: plain decoding of the same prompts, right behind each.
+    """
+    relative = costs.relative()
+    taken = expected = 0.0
+    for answer, plain in zip(answers, beside, strict=True):
+        if not plain.passes:
+            continue
+        one = plain.levels[-1].time_s / plain.passes
+        target = answer.levels[-1]
+        taken += target.time_s / one - target.passes
+        expected += sum(n * (relative[w] - 1) for w, n in enumerate(target.passes_of) if w)
+    return min(max(taken / expected, 1 / MOST_DEARER), MOST_DEARER) if expected > 0 else 1.0
 
 
 def _besides(result: Result) -> float:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from typing import TYPE_CHECKING
 
 from hispec.hierarchy import AR, HD, MAX_WIDTH, Hierarchy, Level
@@ -106,6 +107,10 @@ def shapes(lm: LM, exits: Sequence[int], models: Sequence[str] = ()) -> list[Hie
                 name = f"tree12{sign}{_short(level)}x{window}"
                 levels = (replace(level, window=window, ranks=ranks),)
                 found[name] = Hierarchy(levels, name, sources, 12)
+    for pair in combinations(_levels(exits, models), 2):
+        name = "tree12" + "".join(f"+{_short(level)}" for level in pair)
+        both = tuple(replace(level, window=1, ranks=True) for level in pair)
+        found[name] = Hierarchy(both, name, sources, 12)
     return list(found.values())
 
 

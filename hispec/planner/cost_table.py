@@ -84,7 +84,7 @@ class CostTable:
             return 0.0
         names = (name for name, depth in self.depths.items() if depth == upper)
         kept = max((self.kept_s.get(name, 0.0) for name in names), default=0.0)
-        return self.lift_s + (upper - lower) * (at(self.layer_s, rows) - kept)
+        return self.lift_s + (upper - lower) * max(at(self.layer_s, rows) - kept, 0.0)
 
     def pass_s(self, name: str, known: int, rows: float, lifted: float = 1.0) -> float:
         """Returns the time of a level's step, drafting below it not included.
@@ -137,6 +137,20 @@ class CostTable:
             models_s=slower(self.models_s),
             prompt_s={name: factor * time for name, time in self.prompt_s.items()},
             lift_s=factor * self.lift_s,
+        )
+
+    def dearer(self, factor: float) -> CostTable:
+        """Returns the table with further rows ``factor`` times as dear; one row costs the same."""
+
+        def steeper(row: Sequence[float]) -> list[float]:
+            return [row[0], *(row[1] + factor * (time - row[1]) for time in row[1:])]
+
+        return replace(
+            self,
+            call_s=steeper(self.call_s),
+            layer_s=steeper(self.layer_s),
+            heads_s={name: steeper(row) for name, row in self.heads_s.items()},
+            models_s={name: steeper(row) for name, row in self.models_s.items()},
         )
 
     def relative(self) -> list[float]:

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 
 from hispec.model.exits import ExitHead
+from hispec.model.level import slots_read
 from hispec.model.llama import Llama
 from hispec.model.measured import remembered
 from hispec.model.nodes import MAX_WIDTH
@@ -86,10 +87,13 @@ def cost_table(
         )
         depths[name] = exit_layer
         first, again, prompt, cold, kept = (found[task][0][0] for task in DRAFTS)
-        kept_s[name] = min(max(cold - kept, 0.0) / max(exit_layer, 1), layer[1])
         # Layers and head together, as the caches hold less of both than of either alone.
-        round_s[name] = max(first - again - exit_layer * kept_s[name], 0.0)
-        prompt_s[name] = max(prompt - first, 0.0) / context
+        surcharge = max(first - again, 0.0)
+        kept_s[name] = min(max(cold - kept, 0.0), surcharge) / max(exit_layer, 1)
+        kept_s[name] = min(kept_s[name], layer[1])
+        round_s[name] = surcharge - exit_layer * kept_s[name]
+        reads = slots_read(heads[exit_layer]) is not None
+        prompt_s[name] = max(prompt - first, 0.0) / context if reads else 0.0
     return CostTable(
         {**depths, TARGET: layers},
         call,
@@ -114,7 +118,7 @@ def measure(model: Llama, context: int) -> dict[str, int | list[Times]]:
     Returns:
         ``short``, the number of layers in ``few``; ``few``, ``all`` and ``head``: for each of
         ``WIDTHS`` the usual time and how it scatters; and ``lift``: of a pass through all over two
-        rows, the second of which is first lifted through ``few``.
+        rows, the second of which is first lifted through ``few``, where that is not all.
     """
     layers = model.config.num_layers
     short = max(1, layers // 8)

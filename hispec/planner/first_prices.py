@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 
 from hispec.model.exits import ExitHead
+from hispec.model.level import slots_read
 from hispec.model.llama import Llama
 from hispec.model.measured import remembered
 from hispec.model.nodes import MAX_WIDTH
@@ -28,7 +29,6 @@ from hispec.planner.timing import (
     beside,
     drafted,
     fitting,
-    head_alone,
     plain_pass,
     run_rows,
     untimed,
@@ -119,7 +119,7 @@ def keep_price_slope(model: Llama, slope: float) -> None:
 def level_cost(
     model: Llama, head: ExitHead, exit_layer: int, label: str = "", *, anew: bool = False
 ) -> LevelCost:
-    """Returns the time of an exit's first pass of a round, over two rows.
+    """Returns what an exit takes: its first pass of a round, over two rows, and its reading.
 
     Args:
         model: the target.
@@ -140,10 +140,11 @@ def level_cost(
 
         with torch.inference_mode():
             plain = partial(plain_pass, model, context, cache)
-            passes = {known: partial(knowing, known) for known in (context - CAUGHT_UP, 0)}
+            passes = {0: partial(knowing, context - CAUGHT_UP), 1: partial(knowing, 0)}
             each, whole = _beside_plain(model, plain, passes).values()
             head.truncate(0)
-        return [each, max(whole - each, 0.0) / context]
+        reading = 0.0 if slots_read(head) is None else max(whole - each, 0.0)
+        return [each, reading / context]
 
     if not label:
         return LevelCost(*measure())
@@ -168,7 +169,7 @@ def model_cost(model: Llama, other: Llama, *, anew: bool = False) -> LevelCost:
         def reads() -> float:
             apart.truncate(0)
             other.prefill(apart, [0] * context)
-            return head_alone(other, apart.states[other.config.num_layers][:1])
+            return float(apart.states[other.config.num_layers][0, 0])  # sync: the prompt is read
 
         run = partial(plain_pass, other, context, apart, LEVEL_ROWS)
         with torch.inference_mode():

@@ -15,12 +15,13 @@ what it has added of late, but its own pick at least.
     run the exit   ⇔   brought per chance · chance  >  rate · (cost + rows' cost per run)
 
 An exit that remembers what came before has to read the prompt first, in this text once. It is not
-asked before it is clear that this comes back: what it would have brought so far, were it ready, is
-added up, and a text is expected to go on for ``FORESEEN`` times as long.
+asked before it is clear that this comes back: what its first run of each round would have brought
+so far, were it ready, is added up, and a text is expected to go on for ``FORESEEN`` times as long.
 
 An exit that does not pay is still asked now and then, as texts change: for ``EXPLORED`` of the time
 where it nearly pays, and the less the less it brings, down to ``LEAST_EXPLORED`` of that. The time
-is that of all texts, so that short ones add up.
+is that of all texts, so that short ones add up; it includes reading, so that it is prompts that are
+soon read in which this happens.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class Worth:
             self._missed[level] += (value - price) / self.rate
             if FORESEEN * self._missed[level] < start:
                 return False
-        self._starts.pop(level, None)
+        self._gains.total += self._starts.pop(level, 0.0)
         self._spent += cost
         self._runs.append((level, chance))
         return True

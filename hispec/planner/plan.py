@@ -156,4 +156,4 @@ def saved_plan(lm: LM, *, force: bool = False) -> Hierarchy | None:
 
 def _short(value: Any) -> str:
     text = str(value) if value is not None else "none"
-    return text if len(text) <= 40 else text[:12] + "…"
+    return text if len(text) <= 80 else text[:12] + "…"

@@ -102,9 +102,18 @@ class Prices:
         self._level_sums: dict[str, list[float]] = {}
         self._set(slope)
 
-    def begin(self, length: int) -> None:
-        """Makes prices those of a text whose prompt has so many tokens."""
-        self.starts = {name: length * token for name, token in self._reading.items()}
+    def begin(self, length: int, read: Mapping[str, int] | None = None) -> None:
+        """Makes prices those of a text.
+
+        Args:
+            length: tokens of its prompt.
+            read: of these, by name, those that an exit has read already.
+        """
+        known = read or {}
+        self.starts = {
+            name: max(length - known.get(name, 0), 0) * token
+            for name, token in self._reading.items()
+        }
         if self._growth:
             self._table = self._growth.table(self._measured, length)
             self._set(self.slope)

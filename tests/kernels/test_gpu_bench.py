@@ -127,6 +127,16 @@ def test_no_question_is_asked_when_time_is_over(lm: LM) -> None:
         assert [(row["prompts"], row["memory_gib"]) for row in rows] == [(2, 5.0)]
 
 
+def test_measured_passes_become_the_planner_s_table() -> None:
+    """Layers of 2 and a head of 5 over one row, of 3 and 6 over the widest pass."""
+    few, whole = {1: 9.0, MAX_WIDTH: 12.0}, {1: 29.0, MAX_WIDTH: 42.0}
+    costs = gpu_shapes.table_of(few, whole, 2, 3, 12)
+    assert costs.plain_s == pytest.approx(29.0)
+    assert costs.pass_s("exit 2", 0, 1) == pytest.approx(9.0)
+    assert costs.pass_s("target", 3, MAX_WIDTH, lifted=0) == pytest.approx(9 * 3 + 6)
+    assert costs.pass_s("target", 3, 1) == pytest.approx(29.0 + 0.0)
+
+
 @torch.inference_mode()
 def test_products_cut_in_other_ways_are_right_too() -> None:
     picks = Picks(gpu_shapes.shape("tiny", 200), 1, 130, torch.float32, DEVICE)

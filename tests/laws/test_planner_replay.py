@@ -104,6 +104,16 @@ def test_layers_are_cheaper_where_a_draft_has_just_run_them(known) -> None:
         assert saved == pytest.approx(exit_layer * passes, abs=exit_layer + 1e-6)
 
 
+def test_a_head_reads_the_prompt_once_a_text(known) -> None:
+    lm, _, shadow, costs, acceptance = known
+    reading = replace(costs, prompt_s={"exit 1": 1.0})
+    for hierarchy, prompts in ((AR, 0), (chain((1, 2)), 2)):
+        before, after = (
+            replay(lm, hierarchy, [shadow, shadow], x, acceptance) for x in (costs, reading)
+        )
+        assert after.seconds - before.seconds == pytest.approx(prompts * shadow.start)
+
+
 def test_rates_are_what_the_engine_counts(known) -> None:
     """An exit's acceptance by place, from its shadow, is that of decoding with it."""
     lm, prompt, _, _, acceptance = known

@@ -114,9 +114,10 @@ def test_cache_is_bounded(checkpoint, tmp_path):
         layers=[*EXITS, checkpoint.config.num_layers],
         top_k=4,
         shard_tokens=150,
-        max_bytes=sizes[0] + sizes[1] + 1,
+        max_bytes=2 * max(sizes[:2]) + 1,
     )
     assert len(bounded.paths) == 2
+    assert len(list((tmp_path / "bounded").glob("*.safetensors"))) == 2
 
 
 @pytest.mark.parametrize(

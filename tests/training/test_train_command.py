@@ -16,10 +16,8 @@ from training.exit_setup import EXITS
 from hispec.cli import main as hispec
 from hispec.model.checkpoint import open_checkpoint
 from hispec.model.exits import Exits as ReadyExits
-from hispec_training.checkpoints import (
-    CHECKPOINT,
-    read_checkpoint,
-)
+from hispec_training import trainer
+from hispec_training.checkpoints import CHECKPOINT, read_checkpoint
 from hispec_training.loop import Recipe
 
 ROOT = Path(__file__).parents[2]
@@ -160,6 +158,40 @@ def test_a_missing_package_is_one_sentence(distilled, tmp_path, capsys, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+def test_a_missing_tracker_is_one_sentence(distilled, tmp_path, capsys, monkeypatch):
+    """accelerate itself goes on without."""
+    monkeypatch.setattr("accelerate.utils.is_wandb_available", lambda: False)
+    assert hispec(command(distilled, tmp_path / "out", "--report-to", "wandb")) == 2
+    said = capsys.readouterr().err.strip()
+    assert said == "hispec: --report-to wandb needs the package wandb: pip install wandb."
+
+
+def test_a_tracker_is_told_every_step(distilled, tmp_path, monkeypatch):
+    from accelerate import Accelerator
+
+    told, ended = [], []
+    monkeypatch.setattr(trainer, "check_tracker", lambda name: None)
+    monkeypatch.setattr(Accelerator, "init_trackers", lambda _, name, config: told.append(config))
+    monkeypatch.setattr(Accelerator, "log", lambda _, row, step: told.append({"step": step, **row}))
+    monkeypatch.setattr(Accelerator, "end_training", lambda _: ended.append(True))
+    assert hispec(command(distilled, tmp_path / "out", "--report-to", "wandb")) == 0
+    recipe, *rows = told
+    assert recipe["steps"] == "6"
+    assert sum("loss_1" in row for row in rows) == 6 and any("top1_1" in row for row in rows)
+    assert ended == [True]
+
+
+def test_texts_longer_than_the_context_are_cut_and_counted(distilled, make_llama, tmp_path, capsys):
+    short = make_llama("short", max_position_embeddings=24)
+    shutil.copy(distilled / "data.jsonl", short)
+    rows = [json.loads(line) for line in (short / "data.jsonl").read_text().splitlines()]
+    sizes = [(len(row["prompt_ids"]), len(row["response_ids"])) for row in rows]
+    long = sum(prompt < 24 < prompt + response for prompt, response in sizes)
+    assert long > 0
+    assert hispec(command(short, tmp_path / "out")) == 0
+    assert f"{long} truncated" in capsys.readouterr().err
+
+
 def test_a_disk_full_at_the_end_keeps_what_was_trained(distilled, tmp_path, capsys, monkeypatch):
     out = tmp_path / "out"
 
@@ -206,25 +238,26 @@ def test_two_processes_equal_one(distilled, tmp_path):
     environment = dict(os.environ, OMP_NUM_THREADS="1")
     environment["PYTHONPATH"] = f"{ROOT}:{ROOT / 'training'}:{ROOT / 'kernels'}:{ROOT / 'tests'}"
     script = str(Path(__file__).with_name("two_processes.py"))
+    both = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     launches = {
-        1: [sys.executable, script],
-        2: [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"),
-            *("--master-port=29517", script),
-        ],
+        "one": ([sys.executable, script], ""),
+        "copies": ([*both, "--master-port=29517", script], ""),
+        "shards": ([*both, "--master-port=29519", script], "sharded"),
     }
     found = {}
-    for count, launch in launches.items():
-        out = tmp_path / f"{count}.pt"
+    for name, (launch, way) in launches.items():
+        out = tmp_path / f"{name}.pt"
         done = subprocess.run(
-            [*launch, str(distilled), str(tmp_path / f"work{count}"), str(out)],
+            [*launch, str(distilled), str(tmp_path / f"work {name}"), str(out), way],
             env={**environment, "ACCELERATE_USE_CPU": "true"},
             capture_output=True,
             text=True,
             timeout=300,
         )
         assert done.returncode == 0, done.stderr[-2000:]
-        found[count] = torch.load(out, weights_only=True)
-    assert found[1].keys() == found[2].keys()
-    for name in found[1]:
-        torch.testing.assert_close(found[2][name], found[1][name], rtol=1e-4, atol=1e-4)
+        found[name] = torch.load(out, weights_only=True)
+    one = found.pop("one")
+    for weights in found.values():
+        assert weights.keys() == one.keys()
+        for name, wanted in one.items():
+            torch.testing.assert_close(weights[name], wanted, rtol=1e-4, atol=1e-4)

@@ -9,6 +9,7 @@ from training.exit_setup import EXITS, make_cache, make_exits
 
 from hispec.errors import HispecError
 from hispec.model.checkpoint import open_checkpoint
+from hispec_training.batches import epoch_batches
 from hispec_training.checkpoints import (
     CHECKPOINT,
     TIMED,
@@ -82,13 +83,18 @@ def test_exits_train_side_by_side_as_they_would_alone(checkpoint, cache, tmp_pat
 
 def test_accumulated_batches_equal_a_larger_one(checkpoint, cache, tmp_path):
     """The loss is per target of the step, however its texts are cut."""
-    runs = []
-    for batch, accumulate in ((10_000, 1), (10_000, 1)):
+    count = len(epoch_batches(cache, 64, 0, 0))
+    assert count > 2
+    runs, made = [], []
+    for batch, accumulate in ((10_000, 1), (64, count)):
         exits = make_exits(checkpoint, cache)
         recipe = Recipe(steps=1, batch_targets=batch, accumulate=accumulate, autocast=False)
         runs.append(Trainer(exits, cache, None, recipe, tmp_path).run().losses[0])
-    assert runs[0]["targets"] == sum(cache.response_lengths)
-    assert runs[0]["loss_1"] == runs[1]["loss_1"]
+        made.append(weights(exits))
+    assert runs[0]["targets"] == runs[1]["targets"] == sum(cache.response_lengths)
+    assert runs[0]["loss_1"] == pytest.approx(runs[1]["loss_1"], rel=1e-4)
+    for name, found in made[0].items():
+        torch.testing.assert_close(made[1][name], found, rtol=1e-3, atol=1e-4)
 
 
 def test_resumed_run_ends_with_the_same_weights(checkpoint, cache, tmp_path):
@@ -143,6 +149,19 @@ def test_nan_stops_at_its_step_and_keeps_the_last_good_state(checkpoint, cache, 
     state = read_checkpoint(tmp_path / CHECKPOINT)
     assert state["step"] == 3
     assert_same({k: v for k, v in state["weights"].items() if k in seen}, seen)
+
+
+def test_a_gradient_that_is_none_does_too(checkpoint, cache, tmp_path):
+    """The loss is still a number at the step whose gradient is not."""
+    exits = make_exits(checkpoint, cache)
+    before = weights(exits)
+    trainer = Trainer(exits, cache, None, RECIPE, tmp_path)
+    next(exits.heads["1"].parameters()).register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(HispecError, match="not a number at step 1"):
+        trainer.run()
+    assert_same(weights(exits), before)
+    state = read_checkpoint(tmp_path / CHECKPOINT)
+    assert_same({k: v for k, v in state["weights"].items() if k in before}, before)
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(checkpoint, cache, tmp_path, monkeypatch):

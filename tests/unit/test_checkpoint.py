@@ -172,7 +172,9 @@ def test_hub_id_without_network(offline: str, monkeypatch, tmp_path: Path) -> No
     assert ("HF_HUB_OFFLINE is set" if offline else "no network") in message
 
 
-def test_hub_id_is_downloaded_without_other_formats(monkeypatch, tiny_llama: Path) -> None:
+def test_hub_id_is_downloaded_without_other_formats(
+    monkeypatch, tiny_llama: Path, tmp_path: Path
+) -> None:
     import huggingface_hub
 
     asked = {}
@@ -186,6 +188,11 @@ def test_hub_id_is_downloaded_without_other_formats(monkeypatch, tiny_llama: Pat
     assert (checkpoint.name, checkpoint.path) == ("some/llama", tiny_llama)
     assert (asked["name"], asked["revision"]) == ("some/llama", "v2")
     assert not any(pattern.endswith((".bin", ".pth")) for pattern in asked["allow_patterns"])
+    assert checkpoint.revision is None, "no commit can be told"
+    commit = tmp_path / "snapshots" / "abc123"
+    shutil.copytree(tiny_llama, commit)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(commit))
+    assert open_checkpoint("some/llama").revision == "abc123"
 
 
 @pytest.mark.parametrize(

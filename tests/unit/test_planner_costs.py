@@ -7,15 +7,19 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from helpers.lms import open_lm, save_model
+from helpers.lms import HEAD_KINDS, open_lm, save_exits, save_model
 
+from hispec import shelf
 from hispec.engine import LevelCounts
+from hispec.generation import LM
 from hispec.hierarchy import MAX_WIDTH, Hierarchy, Level
+from hispec.model.checkpoint import open_checkpoint
 from hispec.planner import costs, devices, first_prices, timing
 from hispec.planner.acceptance import OWN, Acceptance, Key
-from hispec.planner.calibrate import Calibration, fitted
+from hispec.planner.calibrate import Calibration, fitted, rows_dearer
 from hispec.planner.cost_table import LOWEST_STEP, TARGET, CostTable, at, filled
 from hispec.planner.first_prices import LevelCost
 from hispec.planner.prices import Growth
@@ -121,11 +125,11 @@ def test_what_the_caches_keep_is_what_a_first_draft_takes_more(
 
     assert found(5.5, 4.0, 4.0).layer_s[1] == pytest.approx(1.2)
     # Of 1.5 that a first draft takes more, its two layers save 1 later on.
-    cases = ((5.5, 4.0, 4.0, 0.5), (4.5, 4.0, 2.0, 0.0), (9.0, 1.0, 9.0, 1.2))
+    cases = ((5.5, 4.0, 4.0, 0.5), (4.5, 4.0, 2.0, 0.0), (9.0, 1.0, 9.0, 1.2), (4.0, 3.0, 9.0, 0.5))
     for first, again, cold, kept in cases:
         made = found(first, again, cold)
         assert made.round_s["exit 2"] == pytest.approx(max(first - again - 2 * kept, 0.0))
-        assert made.prompt_s["exit 2"] == 32.0 / 64
+        assert made.prompt_s["exit 2"] == 0.0, "the model's own head reads nothing"
         # Two rows take 12, one row less through a layer 0.4 less.
         assert made.lift_s == pytest.approx(12.2 - (12 - 0.4))
         assert made.kept_s["exit 2"] == pytest.approx(kept), "of each of two layers, within bounds"
@@ -151,7 +155,7 @@ def test_first_prices_wait_for_nothing_but_a_second(
     relative = found[0]
     assert relative[:2] == [0.0, 1.0] and relative == sorted(relative) and len(relative) == ROWS
     assert found[2].each > 0 and found[3].each > 0.5
-    assert found[2].token >= 0 and found[3].token > 0
+    assert found[2].token == 0 < found[3].token
     assert found[1].context == 256 and found[1].first >= 0 and found[1].more >= 0
     assert prices() == found, "remembered"
     assert first_prices.level_cost(lm.model, head, 2) != found[2], "nobody says whose head"
@@ -167,19 +171,47 @@ def test_first_prices_wait_for_nothing_but_a_second(
         first_prices.model_cost(lm.model, lm.model, anew=True)
 
 
-def test_reading_a_prompt_is_told_from_drafting(
-    tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    lm = open_lm(save_model(tmp_path / "llama", "gqa"))
-    # Two rows behind 256 tokens: all but the last two are known, or nothing is.
-    times = {254: 0.1, 0: 0.4}
+@pytest.fixture
+def reader(tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> LM:
+    """A model whose exit 2 reads what came before: a pass takes 0.1, its first one 0.256 more."""
+    folder = save_model(tmp_path / "llama", "gqa")
+    kinds = {2: HEAD_KINDS["deep"]}
+    exits = save_exits(tmp_path / "exits", open_checkpoint(folder), kinds)
     monkeypatch.setattr(
-        first_prices,
-        "beside",
-        lambda _, tasks, *__, **___: {x: times[x] for x in tasks},
+        first_prices, "beside", lambda _, tasks, *__, **___: {n: 0.1 + 0.256 * n for n in tasks}
     )
-    found = first_prices.level_cost(lm.model, lm.head(2), 2)
-    assert found == LevelCost(0.1, pytest.approx(0.3 / 256))
+    monkeypatch.setattr(first_prices, "_whole_passes", lambda model: [0.0, *[1.0] * MAX_WIDTH])
+    monkeypatch.setattr(shelf, "context_growth", lambda model: Growth(256))
+    return open_lm(folder, exits=exits)
+
+
+def test_reading_a_prompt_is_told_from_drafting(reader: LM, monkeypatch) -> None:
+    model = reader.model
+    assert first_prices.level_cost(model, reader.head(2), 2) == LevelCost(0.1, pytest.approx(0.001))
+    blind = first_prices.level_cost(model, reader.head(3), 3)
+    assert blind == LevelCost(0.1, 0.0), "it reads nothing, and what was measured is chance"
+    monkeypatch.setattr(model, "config", replace(model.config, max_positions=34))
+    assert first_prices.level_cost(model, reader.head(2), 2).token == pytest.approx(0.256 / 2)
+
+
+def test_what_has_been_read_costs_nothing(reader: LM, monkeypatch) -> None:
+    hierarchy = Hierarchy((Level(2, 1, ranks=True),))
+
+    def starts(**options: Any) -> Any:
+        return reader.drafter(hierarchy, learn=False, **options).worth._starts
+
+    assert starts(length=50) == {"exit 2": pytest.approx(0.05)}
+    assert starts(length=50, read={"exit 2": 30}) == {"exit 2": pytest.approx(0.02)}
+    told: list[Any] = []
+    monkeypatch.setattr(reader._shelf, "drafter", lambda *_, read, **__: told.append(read))
+    prompt = [5, 6, 7, 8] * 5
+    strict = Hierarchy((Level(2, 1),))
+    first = reader.generate(prompt, hierarchy=strict, max_new_tokens=4)
+    longer = [*prompt, *first.token_ids, 9]
+    reader.generate(longer, hierarchy=strict, max_new_tokens=4, continued=True)
+    reader.generate(longer, hierarchy=strict, max_new_tokens=4)
+    assert told[0] == told[2] == {"exit 2": 0}
+    assert told[1]["exit 2"] >= len(prompt), "a chat goes on from what its exits know"
 
 
 def test_what_length_costs_is_told_by_passes_far_out(
@@ -282,6 +314,25 @@ def test_passes_in_earnest_are_slower_in_proportion_and_the_rest_is_the_engine_s
     stopped = fitted(made, plain(10, 10 * made.plain_s, 1e6))
     assert stopped.step_s == pytest.approx(0.2 * made.plain_s), "a process that slept"
     assert fitted(made, Result()) == made
+
+
+def test_answers_tell_how_dear_rows_are() -> None:
+    made = table()  # rows of a layer cost as much as the first
+    more = made.pass_s(TARGET, 0, 3) - made.plain_s
+    for factor in (0.5, 1.0, 2.0):
+        answers, beside = [], []
+        for machine in (1.0, 7.0):  # slower at the second prompt
+            took = machine * (4 * made.plain_s + 3 * factor * more)
+            wide = LevelCounts("target", passes=4, time_s=took, passes_of=[0, 1, 0, 3])
+            answers.append(Result(levels=[LevelCounts("exit 4"), wide]))
+            beside.append(plain(8, 8 * machine * made.plain_s, 1.0))
+        assert rows_dearer(made, answers, beside) == pytest.approx(factor)
+        found = made.dearer(factor)
+        assert found.plain_s == made.plain_s
+        assert found.pass_s(TARGET, 0, 3) - found.plain_s == pytest.approx(factor * more)
+        assert found.pass_s("exit 8", 4, 1) == made.pass_s("exit 8", 4, 1)
+    assert rows_dearer(made, answers[:1], [Result()]) == 1.0
+    assert rows_dearer(made, [], []) == 1.0
 
 
 def test_what_is_known_too_badly_to_plan_by_is_said() -> None:

@@ -15,6 +15,7 @@ from hispec.hierarchy import Hierarchy, Level
 from hispec.loading import load
 from hispec.model.checkpoint import open_checkpoint
 from hispec.model.exits import Exits
+from hispec.model.measured import cpu_name
 from hispec.planner.plan import Plan, made_for, open_plan, saved_path
 
 PLANNED = Hierarchy((Level(2, 3),), "2x3")
@@ -43,6 +44,16 @@ def test_a_plan_is_a_hierarchy_file(lm: LM, tmp_path: Path) -> None:
     assert plan.misfit(lm) == ""
     assert lm.hierarchy(str(path)) == PLANNED
     assert lm.generate([1, 2, 3], hierarchy=str(path), max_new_tokens=4).hierarchy == PLANNED
+
+
+def test_processors_of_one_name_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = "processor\t: 0\nmodel name\t: AMD EPYC\ncpu family\t: 25\nmodel\t\t: {}\n"
+    said = f"{first}\nprocessor\t: 1\n"
+    names = []
+    for model in (1, 17):
+        monkeypatch.setattr(Path, "read_text", lambda _, model=model: said.format(model))
+        names.append(cpu_name.__wrapped__())
+    assert names == ["AMD EPYC (family 25, model 1)", "AMD EPYC (family 25, model 17)"]
 
 
 def test_a_hierarchy_of_one_s_own_fits_anywhere(lm: LM, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ from hispec.errors import HispecError
 from hispec.files import disk_errors, replacing
 
 CHECKPOINT = "checkpoint.pt"
-BEST = "best.pt"
 TIMED = 30  # steps after which it is known how many fit into --minutes
 
 

@@ -61,7 +61,6 @@ class TrainedExits(nn.Module):
         checkpoint: Checkpoint,
         acceptance: Mapping[int, Mapping[str, Any]] | None = None,
         *,
-        revision: str | None = None,
         training: Mapping[str, Any] | None = None,
     ) -> TrainedExits:
         """The heads of a finished run.
@@ -70,7 +69,6 @@ class TrainedExits(nn.Module):
             exits: What was trained.
             checkpoint: Its base.
             acceptance: Table of each exit (``Tally.table()``).
-            revision: Of the base on the hub.
             training: What the card should say about the run: data, steps, seconds, hardware.
         """
         vocab_size = checkpoint.config.vocab_size
@@ -82,7 +80,7 @@ class TrainedExits(nn.Module):
                 "model": Path(checkpoint.name).name
                 if Path(checkpoint.name).exists()
                 else checkpoint.name,
-                "revision": revision,
+                "revision": checkpoint.revision,
                 "fingerprint": checkpoint.fingerprint,
             },
             "num_layers": checkpoint.config.num_layers,

@@ -14,22 +14,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 
 from hispec_training.batches import MAX_ROUND, Batch, collate, draw_roots, step_seed
 from hispec_training.batches import training_batches as stream
 from hispec_training.checkpoints import (
-    BEST,
     CHECKPOINT,
     History,
     TimeLimit,
@@ -41,7 +43,7 @@ from hispec_training.checkpoints import (
     resumed,
     write_checkpoint,
 )
-from hispec_training.evaluate import Tally, evaluate
+from hispec_training.evaluate import evaluate
 from hispec_training.exits import Exits
 from hispec_training.shard_cache import Texts
 
@@ -99,6 +101,11 @@ def make_optimizer(exits: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), fused=True)
 
 
+def whole(value: Tensor) -> float:
+    """Returns a number that may lie in shards."""
+    return float(value.full_tensor() if isinstance(value, DTensor) else value)
+
+
 class Trainer:
     """One run.
 
@@ -134,7 +141,6 @@ class Trainer:
             head.dropout = recipe.dropout
         self.step = 0
         self.elapsed_s = 0.0
-        self.best = -1.0
         optimizer = make_optimizer(exits, recipe)
         self.model, self.optimizer = self.accelerator.prepare(exits, optimizer)
         # Tuples of parameters, taken once the wrapper has put its own in place.
@@ -170,6 +176,11 @@ class Trainer:
                 self.save(CHECKPOINT)
         return self.history
 
+    def weights(self) -> dict[str, Tensor]:
+        """Returns the heads' parameters and buffers, whole; empty but in the main process."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        return get_model_state_dict(self.model, options=options)
+
     def save(self, name: str) -> None:
         """The state stands in the folder under ``name``; an interrupted write leaves the old one.
 
@@ -184,7 +195,6 @@ class Trainer:
                 "optimizer": moments,
                 "step": self.step,
                 "elapsed_s": self.elapsed_s,
-                "best": self.best,
                 "recipe": asdict(self.recipe),
                 "minutes": self.limit and self.limit.minutes,
                 "specs": [spec.to_dict() for spec in self.exits.specs.values()],
@@ -215,7 +225,6 @@ class Trainer:
             options=options,
         )
         self.step, self.elapsed_s = state["step"], state["elapsed_s"]
-        self.best = state["best"]
         self.history = History(**state["history"])
         return True
 
@@ -230,29 +239,31 @@ class Trainer:
             batch, weight = self._batch(mine or texts[:1]), float(bool(mine))
             # What is dropped is a function of the step, so that a resumed run drops the same.
             torch.manual_seed(step_seed(recipe.seed, self.step) + number)
-            self.model.requires_gradient_sync = number == len(parts) - 1
-            with torch.autocast(
-                self.accelerator.device.type, torch.bfloat16, enabled=recipe.autocast
-            ):
-                guesses = self.model(batch, recipe.soft)
-            total = sum(guess.loss for guess in guesses.values())
-            # The wrapper averages gradients over processes; the loss is a sum over them.
-            self.accelerator.backward(total * (weight * world / targets))
+            last = number == len(parts) - 1
+            # Gradients of a step are exchanged once, with its last batch.
+            with nullcontext() if last else self.accelerator.no_sync(self.model):
+                with torch.autocast(
+                    self.accelerator.device.type, torch.bfloat16, enabled=recipe.autocast
+                ):
+                    guesses = self.model(batch, recipe.soft)
+                total = sum(guess.loss for guess in guesses.values())
+                # The wrapper averages gradients over processes; the loss is a sum over them.
+                self.accelerator.backward(total * (weight * world / targets))
             for i, guess in enumerate(guesses.values()):
                 right = (guess.picks == batch.pick).sum()
                 sums[i] += weight * torch.stack([guess.loss.detach(), right]).double().cpu()
         if world > 1:
             sums = self.accelerator.reduce(sums.to(self.accelerator.device)).cpu()
         values = (sums / targets).tolist()  # sync:
-        if not all(math.isfinite(loss) for loss, _ in values):
+        norms = [nn.utils.clip_grad_norm_(parameters, recipe.clip) for parameters in self.groups]
+        # A loss may be a number whose gradient is none.
+        if not all(map(math.isfinite, [loss for loss, _ in values] + [whole(x) for x in norms])):
             self.optimizer.zero_grad()
             self.save(CHECKPOINT)
             raise diverged(self.folder / CHECKPOINT, self.step + 1, recipe.lr)
         lr = learning_rate(recipe.lr, recipe.warmup_steps, recipe.steps, self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        for parameters in self.groups:
-            nn.utils.clip_grad_norm_(parameters, recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
@@ -271,26 +282,19 @@ class Trainer:
         return collate(texts, roots, self.exits.layers).to(self.accelerator.device)
 
     def _look(self) -> None:
-        """Notes the agreement on held-out texts, and keeps the best weights."""
+        """Notes the agreement on held-out texts."""
         assert self.held_out is not None
-        tallies: dict[int, Tally] = {}
+        # By all processes: heads may be sharded over them.
+        tallies = evaluate(
+            self.exits,
+            self.held_out,
+            limit=self.recipe.eval_texts,
+            autocast=self.recipe.autocast,
+        )
         if self.accelerator.is_main_process:
-            tallies = evaluate(
-                self.exits,
-                self.held_out,
-                limit=self.recipe.eval_texts,
-                autocast=self.recipe.autocast,
-            )
             row: dict[str, float] = {"step": self.step, "seconds": round(self.elapsed_s, 2)}
             row |= {f"top1_{e}": tally.top1 for e, tally in tallies.items()}
             row |= {f"run4_{e}": tally.mean_run(4) for e, tally in tallies.items()}
             self.history.held_out.append(row)
             if self.on_step is not None:
                 self.on_step(row)
-        score = sum(tally.mean_run(4) for tally in tallies.values())
-        best = torch.tensor(float(score > self.best), device=self.accelerator.device)
-        if self.accelerator.num_processes > 1:
-            best = self.accelerator.reduce(best)
-        if best > 0:
-            self.best = score
-            self.save(BEST)

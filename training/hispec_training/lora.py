@@ -231,7 +231,11 @@ def exits_record(
         "format": FORMAT,
         "version": 1,
         "base": {"model": name, "revision": None, "fingerprint": merged.fingerprint},
-        "adapter_of": {"model": original.name, "fingerprint": original.fingerprint},
+        "adapter_of": {
+            "model": original.name,
+            "revision": original.revision,
+            "fingerprint": original.fingerprint,
+        },
         "num_layers": merged.config.num_layers,
         "exits": [{"exit_layer": e, "kind": "own"} for e in exits],
         "training": dict(facts),

@@ -44,12 +44,13 @@ def prepare(
     from hispec_training.data import first_row
     from hispec_training.shards import read_examples
 
+    longest = min(args.max_length, checkpoint.config.max_positions)
     kept = [e for e in layers if e > 0]  # before the first layer, states are looked up
     firsts = [first_row(name) for name in args.data]
     aside: list[Example] = []
     if args.held_out:
         paths = [Path(name).expanduser() for name in args.held_out]
-        aside, _ = read_examples(paths, args.max_length)
+        aside, _ = read_examples(paths, longest)
     files = []
     for number, (name, first) in enumerate(zip(args.data, firsts, strict=True)):
         path = Path(name).expanduser()
@@ -59,7 +60,7 @@ def prepare(
             files.append(_tokenized(checkpoint, name, work / f"tokenized-{number}.jsonl"))
         else:
             files.append(_answered(args, checkpoint, path, work, kept))
-    read = [read_examples([file], args.max_length) for file in files]
+    read = [read_examples([file], longest) for file in files]
     if loud:
         counts = sum((Counter(count) for _, count in read), Counter[str]())
         say(", ".join(f"{n:,} {what}" for what, n in counts.items()))
@@ -150,6 +151,8 @@ def _cached(
             work / "cache", examples, make_trunk, max_bytes=limit, progress=progress, **common
         )
         kept += built.paths
+        if loud and (left := len(examples) - len(built)):
+            say(f"{left:,} texts left out: their states do not fit into --cache-gb")
     cache, held_out = ShardCache(kept), None
     if aside:
         held_out = build_shards(work / "held_out", aside, make_trunk, **common)

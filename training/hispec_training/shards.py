@@ -166,6 +166,9 @@ def build_shards(
     trunk: Backbone | None = None
     total_bytes, notes = 0, []
     for index, group in enumerate(groups):
+        # Shards are about as large as each other; what does not fit is not run either.
+        if max_bytes is not None and notes and total_bytes * (1 + 1 / len(notes)) > max_bytes:
+            break
         key = _key(group, fingerprint, layers, top_k)
         path = folder / f"shard-{index:05d}.safetensors"
         note = read_note(path)
@@ -175,8 +178,6 @@ def build_shards(
             with disk_errors(path, f"{index} of {len(groups)} shards were written; {advice}"):
                 note = _write_shard(path, key, found, len(group))
         total_bytes += note["bytes"]
-        if max_bytes is not None and total_bytes > max_bytes and notes:
-            break
         notes.append(path)
         if progress is not None:
             progress(index + 1, len(groups))

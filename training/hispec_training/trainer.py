@@ -115,6 +115,7 @@ def main(args: argparse.Namespace) -> int:
     lora_too = args.mode == "lora" or args.head == "lora"
     # matplotlib draws the report, when all is trained
     require(["accelerate", "matplotlib", *(["peft"] if lora_too else [])])
+    check_tracker(args.report_to)
     if args.mode == "lora":
         from hispec_training import lora
 
@@ -167,16 +168,30 @@ def train_heads(args: argparse.Namespace) -> int:
         if args.resume:
             trainer.resume()
         history = trainer.run()
+    acceptance = measure(exits, held_out, recipe.autocast)  # by all: heads may be sharded
+    weights = trainer.weights()
     if accelerator.is_main_process:
-        acceptance = measure(exits, held_out, recipe.autocast)
+        made_whole = Exits(specs, checkpoint, cache.pick_counts(checkpoint.config.vocab_size))
+        for e in made_whole.specs:
+            made_whole.set_vocabulary(e, exits.vocab_ids(e))
+        made_whole.load_state_dict(weights)
         facts = run_facts(args, cache, trainer.recipe, history.losses[-1]["seconds"])
-        made = TrainedExits.from_training(exits, checkpoint, acceptance, training=facts)
+        made = TrainedExits.from_training(made_whole, checkpoint, acceptance, training=facts)
         with saving(args.out):
             made.save_pretrained(args.out)
             write_report(args.out / "report", history, acceptance)
         say(f"exits in {args.out}, report in {args.out / 'report'}")
     accelerator.wait_for_everyone()
     return 0
+
+
+def check_tracker(name: str) -> None:
+    """Raises ``UsageError`` if a tracker's package is missing: accelerate would leave it out."""
+    from accelerate import utils
+
+    known = {"tensorboard": utils.is_tensorboard_available, "wandb": utils.is_wandb_available}
+    if name in known and not known[name]():
+        raise UsageError(f"--report-to {name} needs the package {name}: pip install {name}.")
 
 
 def head_specs(args: argparse.Namespace, layers: list[int], checkpoint: Checkpoint) -> list[Any]:
