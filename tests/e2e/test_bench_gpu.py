@@ -56,7 +56,7 @@ def test_every_stage_tiny(
     assert all(row["ttft_s"] > 0 and row["memory_gib"] is None for row in stages["peers"])
     assert all(row["differ"] == 0 and 0 <= row["host"] < 1 for row in stages["spec"])
     peers = {row["method"]: row for row in stages["peers"]}
-    assert set(peers) == {"ar", "hf", "hf-early-exit", "hf-prompt-lookup", "hf-static"}
+    assert set(peers) >= {"ar", "hf", "hf-early-exit", "hf-prompt-lookup", "hf-static"}
     assert peers["hf-static"]["passes"] == peers["hf"]["passes"] == peers["ar"]["passes"] == 3
     ways: dict[float, dict[str, float]] = {}
     for row in stages["shapes"]:
