@@ -215,16 +215,19 @@ def test_killed_command_resumes_to_the_same_exits(distilled, tmp_path):
     more = ["--steps", "60"]
     assert hispec(command(distilled, straight, *more)) == 0
     environment = dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT / 'training'}:{ROOT / 'kernels'}")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "hispec.cli", *command(distilled, cut, *more)],
-        env=environment,
-        stderr=subprocess.DEVNULL,
-    )
-    deadline = time.monotonic() + 120
-    while not (cut / "work" / CHECKPOINT).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    # While states are cached, and once steps have been made.
+    for number, sign in enumerate(("cache/*", CHECKPOINT)):
+        resume = ["--resume"] * number
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hispec.cli", *command(distilled, cut, *more, *resume)],
+            env=environment,
+            stderr=subprocess.DEVNULL,
+        )
+        deadline = time.monotonic() + 120
+        while not any((cut / "work").glob(sign)) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it was still at work"
     assert not (cut / "config.json").exists()
     assert hispec(command(distilled, cut, *more, "--resume")) == 0
     for e in EXITS:
