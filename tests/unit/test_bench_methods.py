@@ -7,6 +7,7 @@ import types
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -199,6 +200,10 @@ def test_unknown_names_are_refused_with_a_suggestion(lm: LM, tmp_path: Path) -> 
 def test_an_early_exit_without_a_shared_head_says_so(tiny_llama: Path, lm: LM) -> None:
     loud = load(tiny_llama, dtype="fp32", device="cpu")
     _, methods = roster.build(loud, ["hf-early-exit"])
+    used = methods[-1].settings["transformers"]["assistant_early_exit"]
+    with mock.patch.object(loud, "exits", types.SimpleNamespace(own=(used,))):
+        roster.explain_early_exit(loud, methods, list(range(200)))
+    assert "no exits" not in methods[-1].note, "it was trained to share the head"
     roster.explain_early_exit(loud, methods, list(range(200)))
     assert "no exits that share the head" in methods[-1].note
     _, methods = roster.build(lm, ["hf-early-exit"])
