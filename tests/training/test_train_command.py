@@ -171,9 +171,17 @@ def test_a_tracker_is_told_every_step(distilled, tmp_path, monkeypatch):
 
     told, ended = [], []
     monkeypatch.setattr(trainer, "check_tracker", lambda name: None)
-    monkeypatch.setattr(Accelerator, "init_trackers", lambda _, name, config: told.append(config))
+
+    class Tracker:
+        def finish(self):
+            ended.append(True)
+
+    def init(self, name, config):
+        self.trackers = [Tracker()]
+        told.append(config)
+
+    monkeypatch.setattr(Accelerator, "init_trackers", init)
     monkeypatch.setattr(Accelerator, "log", lambda _, row, step: told.append({"step": step, **row}))
-    monkeypatch.setattr(Accelerator, "end_training", lambda _: ended.append(True))
     assert hispec(command(distilled, tmp_path / "out", "--report-to", "wandb")) == 0
     recipe, *rows = told
     assert recipe["steps"] == "6"

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from training.exit_setup import EXITS, make_cache, make_exits
 
-from hispec.errors import HispecError
+from hispec.errors import HispecError, UsageError
 from hispec.model.checkpoint import open_checkpoint
 from hispec_training.batches import epoch_batches
 from hispec_training.checkpoints import (
@@ -162,6 +163,13 @@ def test_a_gradient_that_is_none_does_too(checkpoint, cache, tmp_path):
     assert_same(weights(exits), before)
     state = read_checkpoint(tmp_path / CHECKPOINT)
     assert_same({k: v for k, v in state["weights"].items() if k in before}, before)
+
+
+def test_a_scaler_of_gradients_is_refused(checkpoint, cache, tmp_path):
+    accelerator = Accelerator(cpu=True)
+    accelerator.scaler = object()
+    with pytest.raises(UsageError, match="Leave --mixed_precision at no"):
+        Trainer(make_exits(checkpoint, cache), cache, None, RECIPE, tmp_path, accelerator)
 
 
 def test_full_disk_keeps_the_last_good_checkpoint(checkpoint, cache, tmp_path, monkeypatch):

@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.tensor import DTensor
 
+from hispec.errors import UsageError
 from hispec_training.batches import MAX_ROUND, Batch, collate, draw_roots, step_seed
 from hispec_training.batches import training_batches as stream
 from hispec_training.checkpoints import (
@@ -135,6 +136,11 @@ class Trainer:
         self.exits, self.cache, self.held_out = exits, cache, held_out
         self.recipe, self.folder = recipe, folder
         self.accelerator = accelerator or Accelerator(cpu=not torch.cuda.is_available())
+        if self.accelerator.scaler is not None:
+            raise UsageError(
+                "exits train in fp32 or bf16: gradients that fp16 scales cannot be clipped. Leave "
+                "--mixed_precision at no."
+            )
         self.on_step = on_step
         self.history = History()
         for head in exits.heads.values():

@@ -87,8 +87,9 @@ def reported(recipe: Any, report_to: str, accelerator: Accelerator) -> Iterator[
         yield progress
     finally:
         progress.close()
-        if tracker is not None:
-            tracker.end_training()
+        # Not end_training: that ends the processes' group too, and they have yet to save together.
+        for one in tracker.trackers if tracker is not None else ():
+            one.finish()
 
 
 def write_report(

@@ -166,13 +166,16 @@ def build_shards(
     trunk: Backbone | None = None
     total_bytes, notes = 0, []
     for index, group in enumerate(groups):
-        # Shards are about as large as each other; what does not fit is not run either.
-        if max_bytes is not None and notes and total_bytes * (1 + 1 / len(notes)) > max_bytes:
-            break
         key = _key(group, fingerprint, layers, top_k)
         path = folder / f"shard-{index:05d}.safetensors"
         note = read_note(path)
-        if note is None or note["key"] != key:
+        made = note is not None and note["key"] == key
+        if max_bytes is not None and notes:
+            # Shards are about as large as each other; what does not fit is not run either.
+            size = note["bytes"] if note and made else total_bytes / len(notes)
+            if total_bytes + size > max_bytes:
+                break
+        if note is None or not made:
             trunk = trunk or make_trunk()
             found = _run(trunk, group, layers, top_k)
             with disk_errors(path, f"{index} of {len(groups)} shards were written; {advice}"):

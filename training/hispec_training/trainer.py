@@ -173,7 +173,7 @@ def train_heads(args: argparse.Namespace) -> int:
     if accelerator.is_main_process:
         made_whole = Exits(specs, checkpoint, cache.pick_counts(checkpoint.config.vocab_size))
         for e in made_whole.specs:
-            made_whole.set_vocabulary(e, exits.vocab_ids(e))
+            made_whole.set_vocabulary(e, exits.vocab_ids(e).cpu())
         made_whole.load_state_dict(weights)
         facts = run_facts(args, cache, trainer.recipe, history.losses[-1]["seconds"])
         made = TrainedExits.from_training(made_whole, checkpoint, acceptance, training=facts)
