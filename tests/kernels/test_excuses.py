@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import builds
 
 CLAIMS = {
@@ -38,6 +39,20 @@ def test_compilers_are_found_where_the_path_leads(
     assert not builds.has_compiler()
     (tmp_path / "gcc").touch(mode=0o755)
     assert builds.has_compiler()
+
+
+def test_where_no_system_tells_openmp_is_looked_for_in_torch_s_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_: Path) -> str:
+        raise FileNotFoundError
+
+    (tmp_path / "lib").mkdir()
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "__init__.py"))
+    assert not builds.has_gnu_openmp()
+    (tmp_path / "lib" / "libgomp.so.1").touch()
+    assert builds.has_gnu_openmp()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's own list of what is loaded")
