@@ -107,10 +107,10 @@ def test_layers_are_cheaper_where_a_draft_has_just_run_them(known) -> None:
 
 def test_a_head_reads_the_prompt_once_a_text(known) -> None:
     lm, _, shadow, costs, acceptance = known
-    reading = replace(costs, prompt_s={"exit 1": 1.0})
+    free, reading = (replace(costs, prompt_s={"exit 1": each}) for each in (0.0, 1.0))
     for hierarchy, prompts in ((AR, 0), (chain((1, 2)), 2)):
         before, after = (
-            replay(lm, hierarchy, [shadow, shadow], x, acceptance) for x in (costs, reading)
+            replay(lm, hierarchy, [shadow, shadow], x, acceptance) for x in (free, reading)
         )
         assert after.seconds - before.seconds == pytest.approx(prompts * shadow.start)
 
