@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def load(
     """
     if numerics not in ("exact", "fast"):
         raise UsageError(f"unknown numerics {numerics!r}. Use exact or fast.")
+    if choose(device, dtype).device.type == "cpu":
+        _compile_meanwhile()
     checkpoint = open_checkpoint(str(model))
     choice = choose_for(checkpoint.config, device, dtype)
     if exits is None:
@@ -78,6 +81,12 @@ def load(
         below=[str(level) for level in levels],
         force_plan=force_plan,
     )
+
+
+def _compile_meanwhile() -> None:
+    """Has the passes compiled, which takes seconds once, while a model is fetched or converted."""
+    what = None, torch.float32, torch.device("cpu")
+    threading.Thread(target=native_library, args=what, daemon=True).start()
 
 
 def choose_for(config: ModelConfig | None, device: str = "auto", dtype: str = "auto") -> Choice:

@@ -38,6 +38,9 @@ from hispec.sources.store import Store
 if TYPE_CHECKING:
     from hispec.generation import LM
 
+#: Tokens of a prompt behind which rows are noticeably dearer than where they were timed.
+LONG = 512
+
 
 class Shelf:
     """Keeps a model's sources, their odds and what a pass costs, from text to text.
@@ -56,9 +59,8 @@ class Shelf:
         self._sources: dict[tuple[str, bool], Source | None] = {}
         self._odds = Odds()
         self._prices: Prices | None = None  # of the living set
-        self._table: list[float] = []
-        self._growth = Growth()
-        self._level_costs: dict[str, LevelCost] = {}
+        self._whole: tuple[list[float], Growth] | None = None  # prices of the fresh one
+        self._level_costs: dict[tuple[str, bool], LevelCost] = {}
 
     @cached_property
     def _tokenizer(self) -> str:
@@ -83,7 +85,7 @@ class Shelf:
         adaptive = [level for level in hierarchy.levels if hierarchy.adapts(level)]
         if not sources and not adaptive:
             return None
-        prices = self._priced(adaptive, learn) if hierarchy.adaptive else None
+        prices = self._priced(adaptive, learn, length or 0) if hierarchy.adaptive else None
         if prices and length is not None:
             prices.begin(length, read)
         if not learn:
@@ -92,39 +94,49 @@ class Shelf:
         odds = self._odds if learn and hierarchy.adaptive else Odds()
         return Drafter(sources, hierarchy, prices, odds)
 
-    def _priced(self, levels: Sequence[Level], learn: bool) -> Prices:
-        """Returns what passes cost, and those of levels that adapt."""
-        measured = {level.name: self._level_cost(level) for level in levels}
+    def _priced(self, levels: Sequence[Level], learn: bool, length: int) -> Prices:
+        """Returns what passes cost, and those of levels that adapt.
+
+        A user's text waits for a glance at them, and for one at what its length costs where it is
+        long. A text of which nothing is learnt is there to be measured: that waits for them all.
+        """
+        model, glance = self._lm.model, learn
+        measured = {level.name: self._level_cost(level, glance=glance) for level in levels}
         costs = {name: cost.each for name, cost in measured.items()}
         reading = {name: cost.token for name, cost in measured.items()}
-        if self._prices is None:
-            self._table = pass_costs(self._lm.model)
-            self._growth = context_growth(self._lm.model)
-            keep = partial(keep_price_slope, self._lm.model)
-            self._prices = Prices(self._table, {}, price_slope(self._lm.model), keep, self._growth)
         if not learn:
-            return Prices(self._table, costs, growth=self._growth, reading=reading)
+            if self._whole is None:
+                self._whole = pass_costs(model), context_growth(model)
+            table, growth = self._whole
+            return Prices(table, costs, growth=growth, reading=reading)
+        if self._prices is None:
+            keep = partial(keep_price_slope, model)
+            self._prices = Prices(pass_costs(model, glance=True), {}, price_slope(model), keep)
+        if self._prices.growth is None and length > LONG:
+            self._prices.growth = context_growth(model, glance=True)
         self._prices.add(costs, reading)
         return self._prices
 
     def reprice(self, exits: Sequence[int], models: Sequence[str]) -> None:
         """Times passes anew, whatever is remembered; see :meth:`LM.reprice`."""
-        self._prices = None
+        self._prices = self._whole = None
         self._level_costs.clear()
         pass_costs(self._lm.model, anew=True)
         context_growth(self._lm.model, anew=True)
         for level in (*(Level(0, 1, model=x) for x in models), *(Level(e, 1) for e in exits)):
             self._level_cost(level, anew=True)
 
-    def _level_cost(self, level: Level, *, anew: bool = False) -> LevelCost:
-        lm, key = self._lm, level.model or level.name
+    def _level_cost(self, level: Level, *, glance: bool = False, anew: bool = False) -> LevelCost:
+        lm, key = self._lm, (level.model or level.name, glance)
         if key not in self._level_costs:
+            how = {"glance": glance, "anew": anew}
             if level.model:
-                cost = model_cost(lm.model, lm.separate(level.model).model, anew=anew)
+                cost = model_cost(lm.model, lm.separate(level.model).model, **how)
             else:
                 label = lm.exits.fingerprint if lm.exits else "own"
-                head = lm.head(level.exit_layer)
-                cost = level_cost(lm.model, head, level.exit_layer, label, anew=anew)
+                cost = level_cost(
+                    lm.model, lm.head(level.exit_layer), level.exit_layer, label, **how
+                )
             self._level_costs[key] = cost
         return self._level_costs[key]
 

@@ -2,13 +2,17 @@
 
 Decoding streams the weights whatever the width, so the second row of a pass is nearly free and the
 thirtieth is not; where the bend lies differs from processor to processor. So whole passes are timed
-by width, and what drafts beside plain passes, as it runs in a round: right after one. Each is
-measured in a second or two, or with some dozens of passes where those take longer, and remembered;
-:mod:`hispec.planner.prices` corrects them ever after, and a plan measures them anew.
+by width, and what drafts beside plain passes, as it runs in a round: right after one.
+
+To time everything well takes some seconds, which nobody waits for: a text waits for a *glance*, and
+each later start takes another, until there have been enough. All are remembered. Passes themselves
+correct prices ever after (:mod:`hispec.planner.prices`); a plan measures anew, benchmarks at once.
 """
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -38,8 +42,10 @@ from hispec.planner.timing import (
 FAR, SEVERAL = 1280, 6
 #: Passes this wide are timed seldom: where they are dear nobody runs them.
 WIDE = 12
-#: Everything is timed so often in turn, until so many seconds are over.
-REPEATS, PATIENCE_S = 12, 1.5
+#: Everything is timed so often in turn, until so many seconds are over; a text waits for fewer.
+REPEATS, PATIENCE_S, GLANCE_S = 12, 1.5, 0.15
+#: A plain pass, and what is timed right after one.
+Passes = tuple[Callable[[], object], Mapping[int, Callable[[], object]]]
 #: Rows of an exit's pass where nobody knows better: the root, and one that the databases propose.
 LEVEL_ROWS = 2
 
@@ -56,54 +62,61 @@ class LevelCost(NamedTuple):
     token: float
 
 
-def pass_costs(model: Llama, *, anew: bool = False) -> list[float]:
+def pass_costs(model: Llama, *, glance: bool = False, anew: bool = False) -> list[float]:
     """Returns the time of a target's pass by width, relative to width 1; remembered.
 
     Args:
         model: the target.
+        glance: take no longer than a text may wait.
         anew: measure now, whatever is remembered.
 
     Returns:
         ``MAX_WIDTH + 1`` numbers that never fall; ``costs[w]`` is a pass of w rows through all
         layers and the vocabulary head. ``costs[0]`` is 0.
     """
-
-    def measure() -> list[float]:
+    if anew:
         keep_price_slope(model, 1.0)  # what corrected an older table
-        return _whole_passes(model)
 
-    return list(remembered("rows", model, measure, f"{WIDTHS}", anew=anew))
+    def passes() -> Passes:
+        context = fitting(model, CONTEXT)
+        cache = model.new_cache([model.config.num_layers], context + MAX_WIDTH)
+        # Each pass drives what the one before has left out of the caches.
+        plain, *wider = (partial(plain_pass, model, context, cache, width) for width in WIDTHS)
+        return plain, dict(zip(WIDTHS[1:], wider, strict=True))
+
+    times = _beside_plain("rows", model, f"{WIDTHS}", passes, glance=glance, anew=anew)
+    return filled({1: 1.0, **times})
 
 
-def context_growth(model: Llama, *, anew: bool = False) -> Growth:
+def context_growth(model: Llama, *, glance: bool = False, anew: bool = False) -> Growth:
     """Returns how passes get slower as the text gets longer; remembered.
 
     Args:
         model: the target.
+        glance: take no longer than a text may wait.
         anew: measure now, whatever is remembered.
     """
+    near, far = fitting(model, CONTEXT), fitting(model, FAR)
+    if far < 2 * near:
+        return Growth(near)
 
-    def measure() -> list[float]:
-        near, far = fitting(model, CONTEXT), fitting(model, FAR)
-        if far < 2 * near:
-            return [near, 0.0, 0.0]
-        with torch.inference_mode():
-            cache = model.new_cache([model.config.num_layers], far + MAX_WIDTH)
-            # Memory of its own, which has to be read: untouched pages are all the same one.
-            cache.kv.storage[..., : far + MAX_WIDTH, :].zero_()
-            near_plain, *passes = (
-                partial(plain_pass, model, context, cache, width)
-                for context in (near, far)
-                for width in (1, SEVERAL)
-            )
-            found = _beside_plain(model, near_plain, dict(enumerate(passes)))
-        several, far_one, far_several = found.values()
-        reach = far - near
-        first, more = far_one - 1.0, (far_several - several - far_one + 1.0) / (SEVERAL - 1)
-        return [near, max(first / reach, 0.0), max(more / reach, 0.0)]
+    def passes() -> Passes:
+        cache = model.new_cache([model.config.num_layers], far + MAX_WIDTH)
+        # Memory of its own, which has to be read: untouched pages are all the same one.
+        cache.kv.storage[..., : far + MAX_WIDTH, :].zero_()
+        near_plain, *others = (
+            partial(plain_pass, model, context, cache, width)
+            for context in (near, far)
+            for width in (1, SEVERAL)
+        )
+        return near_plain, dict(enumerate(others))
 
-    context, first, more = remembered("contexts", model, measure, f"{FAR}|{SEVERAL}", anew=anew)
-    return Growth(int(context), first, more)
+    detail = f"{FAR}|{SEVERAL}"
+    found = _beside_plain("contexts", model, detail, passes, glance=glance, anew=anew)
+    several, far_one, far_several = found.values()
+    reach = far - near
+    first, more = far_one - 1.0, (far_several - several - far_one + 1.0) / (SEVERAL - 1)
+    return Growth(near, max(first / reach, 0.0), max(more / reach, 0.0))
 
 
 def price_slope(model: Llama) -> float:
@@ -117,7 +130,13 @@ def keep_price_slope(model: Llama, slope: float) -> None:
 
 
 def level_cost(
-    model: Llama, head: ExitHead, exit_layer: int, label: str = "", *, anew: bool = False
+    model: Llama,
+    head: ExitHead,
+    exit_layer: int,
+    label: str = "",
+    *,
+    glance: bool = False,
+    anew: bool = False,
 ) -> LevelCost:
     """Returns what an exit takes: its first pass of a round, over two rows, and its reading.
 
@@ -127,42 +146,43 @@ def level_cost(
         exit_layer: e.
         label: what tells these heads from others at the same layer; without one nothing is
             remembered.
+        glance: take no longer than a text may wait.
         anew: measure now, whatever is remembered.
     """
+    context = fitting(model, CONTEXT)
 
-    def measure() -> list[float]:
-        context = fitting(model, CONTEXT)
+    def passes() -> Passes:
         cache = model.new_cache([exit_layer, model.config.num_layers], context + MAX_WIDTH)
 
         def knowing(known: int) -> float:
             run_rows(model, cache, exit_layer, context, LEVEL_ROWS)
             return drafted(head, cache, context, LEVEL_ROWS, known)
 
-        with torch.inference_mode():
-            plain = partial(plain_pass, model, context, cache)
-            passes = {0: partial(knowing, context - CAUGHT_UP), 1: partial(knowing, 0)}
-            each, whole = _beside_plain(model, plain, passes).values()
-            head.truncate(0)
-        reading = 0.0 if slots_read(head) is None else max(whole - each, 0.0)
-        return [each, reading / context]
+        plain = partial(plain_pass, model, context, cache)
+        return plain, {0: partial(knowing, context - CAUGHT_UP), 1: partial(knowing, 0)}
 
-    if not label:
-        return LevelCost(*measure())
-    detail = f"{label}|{exit_layer}|and reading"
-    return LevelCost(*remembered("levels", model, measure, detail, anew=anew))
+    detail = f"{label}|{exit_layer}" if label else ""
+    found = _beside_plain("levels", model, detail, passes, glance=glance, anew=anew)
+    each, whole = found.values()
+    head.truncate(0)
+    reading = 0.0 if slots_read(head) is None else max(whole - each, 0.0)
+    return LevelCost(each, reading / context)
 
 
-def model_cost(model: Llama, other: Llama, *, anew: bool = False) -> LevelCost:
+def model_cost(
+    model: Llama, other: Llama, *, glance: bool = False, anew: bool = False
+) -> LevelCost:
     """Returns the time of a separate model's pass over two rows, and of reading a prompt.
 
     Args:
         model: the target.
         other: the separate model.
+        glance: take no longer than a text may wait.
         anew: measure now, whatever is remembered.
     """
+    context = min(fitting(model, CONTEXT), fitting(other, CONTEXT))
 
-    def measure() -> list[float]:
-        context = min(fitting(model, CONTEXT), fitting(other, CONTEXT))
+    def passes() -> Passes:
         cache = model.new_cache([model.config.num_layers], context + MAX_WIDTH)
         apart = other.new_cache([other.config.num_layers], context + MAX_WIDTH)
 
@@ -172,31 +192,54 @@ def model_cost(model: Llama, other: Llama, *, anew: bool = False) -> LevelCost:
             return float(apart.states[other.config.num_layers][0, 0])  # sync: the prompt is read
 
         run = partial(plain_pass, other, context, apart, LEVEL_ROWS)
-        with torch.inference_mode():
-            plain = partial(plain_pass, model, context, cache)
-            each, whole = _beside_plain(model, plain, {0: run, 1: reads}).values()
-        return [each, whole / context]
+        return partial(plain_pass, model, context, cache), {0: run, 1: reads}
 
-    detail = f"{other.config}|{other.dtype}|and reading"
-    return LevelCost(*remembered("levels", model, measure, detail, anew=anew))
-
-
-def _whole_passes(model: Llama) -> list[float]:
-    context = fitting(model, CONTEXT)
-    with torch.inference_mode():
-        cache = model.new_cache([model.config.num_layers], context + MAX_WIDTH)
-        passes = {width: partial(plain_pass, model, context, cache, width) for width in WIDTHS}
-        # Each pass drives what the one before has left out of the caches.
-        plain = passes.pop(1)
-        times = _beside_plain(model, plain, passes, seldom=lambda width: width >= WIDE)
-    return filled({1: 1.0, **times})
+    detail = f"{other.config}|{other.dtype}"
+    found = _beside_plain("levels", model, detail, passes, glance=glance, anew=anew)
+    each, whole = found.values()
+    return LevelCost(each, whole / context)
 
 
 def _beside_plain(
+    kind: str,
     model: Llama,
-    plain: Callable[[], object],
-    tasks: Mapping[int, Callable[[], object]],
-    seldom: Callable[[int], bool] = lambda task: False,
+    detail: str,
+    passes: Callable[[], Passes],
+    *,
+    glance: bool,
+    anew: bool,
 ) -> dict[int, float]:
-    """Returns the time of each task right after a plain pass, relative to that pass."""
-    return beside(plain, tasks, REPEATS, PATIENCE_S, seldom=seldom, untimed=untimed(model))
+    """Returns the usual time of each task right after a plain pass, relative to that pass.
+
+    Args:
+        kind: see :func:`~hispec.model.measured.remembered`.
+        model: likewise.
+        detail: likewise; where it is empty nothing is remembered.
+        passes: makes what is timed.
+        glance: take ``GLANCE_S`` at most now, and leave the rest to later calls.
+        anew: forget what is remembered.
+    """
+    detail = detail and f"{detail}|glances"
+    known: dict[str, list[float]] = {}
+    if detail and not anew:
+        known = remembered(kind, model, dict, detail)
+    spent = sum(known.pop("seconds", []))
+    rounds = max(map(len, known.values()), default=0)
+    if rounds < REPEATS and spent < PATIENCE_S:
+        patience = min(PATIENCE_S - spent, GLANCE_S if glance else PATIENCE_S)
+        began = time.perf_counter()
+        with torch.inference_mode():
+            plain, tasks = passes()
+            more = beside(
+                plain,
+                tasks,
+                REPEATS - rounds,
+                patience,
+                seldom=lambda task: kind == "rows" and task >= WIDE,
+                untimed=untimed(model),
+            )
+        known = {str(task): known.get(str(task), []) + row for task, row in more.items()}
+        record = {**known, "seconds": [spent + time.perf_counter() - began]}
+        if detail:
+            remembered(kind, model, lambda: record, detail, anew=True)
+    return {int(task): statistics.median(row) for task, row in known.items()}

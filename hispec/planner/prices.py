@@ -76,6 +76,7 @@ class Prices:
         levels: likewise.
         starts: relative time that an exit's first pass of this text takes more than others.
         slope: s.
+        growth: of the table with the text; None while nobody knows.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class Prices:
         growth: Growth | None = None,
         reading: Mapping[str, float] | None = None,
     ) -> None:
-        self._measured, self._growth = list(table), growth
+        self._measured, self.growth = list(table), growth
         self._table = list(table)  # for this text
         self._save = save
         self._known = slope
@@ -114,8 +115,8 @@ class Prices:
             name: max(length - known.get(name, 0), 0) * token
             for name, token in self._reading.items()
         }
-        if self._growth:
-            self._table = self._growth.table(self._measured, length)
+        if self.growth:
+            self._table = self.growth.table(self._measured, length)
             self._set(self.slope)
 
     def add(self, levels: Mapping[str, float], reading: Mapping[str, float] | None = None) -> None:

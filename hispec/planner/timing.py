@@ -26,6 +26,8 @@ WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, MAX_WIDTH)
 CAUGHT_UP = 2
 #: What is timed seldom is timed every so many times.
 SELDOM = 4
+#: Rounds after which a median no longer goes by one that was interrupted.
+ENOUGH = 3
 
 Task = TypeVar("Task", bound=Hashable)
 #: What was measured: the usual time, and how far the median lies above the least, relative.
@@ -131,17 +133,17 @@ def beside(
     *,
     seldom: Callable[[Task], bool] = lambda task: False,
     untimed: int = 1,
-) -> dict[Task, float]:
-    """Returns the usual time of each task relative to that of a plain pass right before it.
+) -> dict[Task, list[float]]:
+    """Returns the times of each task relative to that of a plain pass right before it.
 
     What the machine does besides lasts longer than two passes, and so falls out of their ratio.
 
     Args:
         plain: a plain pass.
         tasks: what to time.
-        repeats: see :func:`in_turn`.
-        patience: likewise.
-        seldom: likewise.
+        repeats: how often.
+        patience: seconds after which no further round begins, if there were ``ENOUGH``.
+        seldom: see :func:`in_turn`.
         untimed: likewise.
     """
     ratios: dict[Task, list[float]] = {key: [] for key in tasks}
@@ -149,7 +151,7 @@ def beside(
     for repeat in range(-untimed, repeats):
         if repeat == 0:
             begun = time.perf_counter()
-        if repeat > 1 and time.perf_counter() - begun > patience:
+        if repeat >= ENOUGH and time.perf_counter() - begun > patience:
             break
         for key, task in tasks.items():
             if repeat > 0 and repeat % SELDOM and seldom(key):
@@ -160,4 +162,4 @@ def beside(
             task()
             if repeat >= 0:
                 ratios[key].append((time.perf_counter() - middle) / (middle - started))
-    return {key: statistics.median(row) for key, row in ratios.items()}
+    return ratios

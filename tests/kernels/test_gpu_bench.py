@@ -201,8 +201,8 @@ def test_databases_and_what_adapts_are_compared_like_any_other(
     lm: LM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The interpreter's times say nothing, and take a minute to measure.
-    monkeypatch.setattr(shelf, "pass_costs", lambda model: [0.0] + [1.0] * MAX_WIDTH)
-    monkeypatch.setattr(shelf, "context_growth", lambda model: Growth(256))
+    monkeypatch.setattr(shelf, "pass_costs", lambda model, **_: [0.0] + [1.0] * MAX_WIDTH)
+    monkeypatch.setattr(shelf, "context_growth", lambda model, **_: Growth(256))
     monkeypatch.setattr(shelf, "level_cost", lambda *_, **__: LevelCost(0.05, 0.0))
     _, methods = engines(lm, {name: lm.hierarchy(name) for name in ("hd", "auto")})
     questions = [Question([3, 1, 4, 3, 1], 4)]

@@ -46,8 +46,8 @@ def test_they_draft_as_on_torchs_passes(
     lm: LM, folder: Path, exits: Exits, hierarchy: Hierarchy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The interpreter's times say nothing, and take a minute to measure.
-    monkeypatch.setattr(shelf, "pass_costs", lambda model: [0.0] + [1.0] * MAX_WIDTH)
-    monkeypatch.setattr(shelf, "context_growth", lambda model: Growth(256))
+    monkeypatch.setattr(shelf, "pass_costs", lambda model, **_: [0.0] + [1.0] * MAX_WIDTH)
+    monkeypatch.setattr(shelf, "context_growth", lambda model, **_: Growth(256))
     monkeypatch.setattr(shelf, "level_cost", lambda *_, **__: LevelCost(0.05, 0.0))
     wanted = answer(open_lm(folder, exits=exits), chain())
     ours, theirs = answer(lm, hierarchy), answer(open_lm(folder, exits=exits), hierarchy)

@@ -178,10 +178,10 @@ def reader(tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch) ->
     kinds = {2: HEAD_KINDS["deep"]}
     exits = save_exits(tmp_path / "exits", open_checkpoint(folder), kinds)
     monkeypatch.setattr(
-        first_prices, "beside", lambda _, tasks, *__, **___: {n: 0.1 + 0.256 * n for n in tasks}
+        first_prices, "beside", lambda _, tasks, *__, **___: {n: [0.1 + 0.256 * n] for n in tasks}
     )
-    monkeypatch.setattr(first_prices, "_whole_passes", lambda model: [0.0, *[1.0] * MAX_WIDTH])
-    monkeypatch.setattr(shelf, "context_growth", lambda model: Growth(256))
+    monkeypatch.setattr(shelf, "pass_costs", lambda model, **_: [0.0, *[1.0] * MAX_WIDTH])
+    monkeypatch.setattr(shelf, "context_growth", lambda model, **_: Growth(256))
     return open_lm(folder, exits=exits)
 
 
@@ -226,7 +226,7 @@ def test_what_length_costs_is_told_by_passes_far_out(
         _: object, tasks: Mapping[int, partial[float]], *__: object, **___: object
     ) -> object:
         asked.extend(task.args[1] for task in tasks.values())
-        return dict(zip(tasks, (3.0 / 2.0, 2.5 / 2.0, 5.5 / 2.0), strict=True))
+        return {task: [time / 2.0] for task, time in zip(tasks, (3.0, 2.5, 5.5), strict=True)}
 
     monkeypatch.setattr(first_prices, "beside", beside)
     found = first_prices.context_growth(model)
@@ -243,24 +243,76 @@ def test_a_plan_prices_anew(
 ) -> None:
     lm = open_lm(save_model(tmp_path / "llama", "gqa"))
     hierarchy = Hierarchy((Level(2, 1, ranks=True),))
-    monkeypatch.setattr(first_prices, "_whole_passes", lambda model: [0.0, *[1.0] * MAX_WIDTH])
-    monkeypatch.setattr(
-        first_prices, "_beside_plain", lambda _, __, tasks, **___: dict.fromkeys(tasks, 0.25)
-    )
+
+    def all_take(cost: float) -> None:
+        monkeypatch.setattr(
+            first_prices,
+            "beside",
+            lambda _, tasks, repeats, *__, **___: {task: [cost] * repeats for task in tasks},
+        )
+
+    all_take(1.25)
     prices = lm.drafter(hierarchy, learn=False)._prices
-    assert prices.costs[2:4] == [1.0, 1.0] and prices.levels == {"exit 2": 0.25}
+    assert prices.costs[3:5] == [1.25, 1.25] and prices.levels == {"exit 2": 1.25}
     first_prices.keep_price_slope(lm.model, 2.0)
-    dearer = [0.0, *map(float, range(1, MAX_WIDTH + 1))]
-    monkeypatch.setattr(first_prices, "_whole_passes", lambda model: dearer)
-    monkeypatch.setattr(
-        first_prices, "_beside_plain", lambda _, __, tasks, **___: dict.fromkeys(tasks, 0.5)
-    )
-    assert lm.drafter(hierarchy, learn=False)._prices.levels == {"exit 2": 0.25}, "remembered"
+    all_take(1.5)
+    assert lm.drafter(hierarchy, learn=False)._prices.levels == {"exit 2": 1.25}, "remembered"
     lm.reprice([2])
     for model in (lm, open_lm(tmp_path / "llama")):  # a later process too
         prices = model.drafter(hierarchy)._prices
-        assert prices.costs[2:4] == [2.0, 3.0] and prices.levels == {"exit 2": 0.5}
+        assert prices.costs[3:5] == [1.5, 1.5] and prices.levels == {"exit 2": 1.5}
         assert prices.slope == 1.0, "it corrected the old table"
+
+
+def test_a_text_waits_for_a_glance_and_later_ones_for_another(
+    tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save_model(tmp_path / "llama", "gqa")
+    hierarchy = Hierarchy((Level(2, 1, ranks=True),))
+    calls: list[tuple[int, float, int]] = []
+
+    def beside(_: object, tasks: Any, repeats: int, patience: float, **__: object) -> Any:
+        calls.append((len(tasks), patience, repeats))
+        cost = float(len(calls))
+        rounds = repeats if patience > 1 else timing.ENOUGH
+        return {task: [cost] * rounds for task in tasks}
+
+    monkeypatch.setattr(first_prices, "beside", beside)
+    exit_s, rows_s = (2, 0.15, 12), (len(timing.WIDTHS) - 1, 0.15, 12)
+    for start in range(4):  # each a process of its own
+        calls.clear()
+        lm = open_lm(folder)
+        lm.drafter(hierarchy, length=20)
+        lm.drafter(hierarchy, length=20)
+        left = 12 - timing.ENOUGH * start
+        assert calls == [(*exit_s[:2], left), (*rows_s[:2], left)]
+        lm.drafter(hierarchy, length=600)
+        assert calls[2:] == [(3, 0.15, left)], "only a long text waits for what length costs"
+    calls.clear()
+    lm = open_lm(folder)
+    lm.drafter(hierarchy, length=600)
+    lm.drafter(hierarchy, learn=False, length=600)
+    assert not calls, "there have been enough"
+
+
+def test_what_is_measured_is_priced_in_full(
+    tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lm = open_lm(save_model(tmp_path / "llama", "gqa"))
+    hierarchy = Hierarchy((Level(2, 1, ranks=True),))
+    patience: list[float] = []
+
+    def beside(_: object, tasks: Any, repeats: int, seconds: float, **__: object) -> Any:
+        patience.append(seconds)
+        return {task: [1.0 + len(patience)] * min(repeats, 4) for task in tasks}
+
+    monkeypatch.setattr(first_prices, "beside", beside)
+    assert lm.drafter(hierarchy, length=20)._prices.levels == {"exit 2": 2.0}
+    assert patience == [0.15, 0.15]
+    prices = lm.drafter(hierarchy, learn=False, length=20)._prices
+    assert patience[2:] == pytest.approx([1.5] * 3, abs=0.5), "the exit, rows, and their growth"
+    assert prices.levels == {"exit 2": 3.0}, "the middle of four rounds of 2 and four of 4"
+    assert lm.drafter(hierarchy, length=20)._prices.levels == {"exit 2": 2.0}, "of this process"
 
 
 def test_dear_and_wide_passes_are_timed_less_often() -> None:
@@ -360,9 +412,9 @@ def test_what_a_machine_does_besides_falls_out_of_ratios(monkeypatch: pytest.Mon
     tasks = {name: partial(work, cost, name) for name, cost in (("two", 1.2), ("wide", 3.0))}
     plain = partial(work, 1.0, "plain")
     found = timing.beside(plain, tasks, 9, 1e9, seldom=lambda name: name == "wide", untimed=1)
-    assert found == pytest.approx({"two": 1.2, "wide": 3.0})
+    assert found["two"] == pytest.approx([1.2] * 9) and found["wide"] == pytest.approx([3.0] * 3)
     assert calls.count("two") == 10 and calls.count("wide") == 4
     assert calls[::2] == ["plain"] * len(tasks) * 7, "one right before each"
     calls.clear()
     timing.beside(plain, tasks, 9, 0.0, untimed=2)
-    assert calls.count("two") == 2 + 2, "two are timed whatever the patience"
+    assert calls.count("two") == 2 + 3, "three are timed whatever the patience"

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 from typing import Literal
 
@@ -152,14 +153,15 @@ def load_library(folder: Path) -> ctypes.CDLL:
     path = folder / f"passes-{digest.hexdigest()[:16]}.so"
     # Promotes torch's runtime to the global scope, where the library finds its symbols.
     ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)
-    try:
-        library = ctypes.CDLL(str(path))
-    except OSError:  # not there yet, or damaged
-        _compile(compiler, path)
+    with _loading:
         try:
             library = ctypes.CDLL(str(path))
-        except OSError as error:
-            raise BuildError(f"{path} cannot be loaded: {error}") from None
+        except OSError:  # not there yet, or damaged
+            _compile(compiler, path)
+            try:
+                library = ctypes.CDLL(str(path))
+            except OSError as error:
+                raise BuildError(f"{path} cannot be loaded: {error}") from None
     if not library.amx_allowed():
         raise BuildError("the kernel does not grant AMX registers")
     pointer, size, real, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float, ctypes.c_int
@@ -223,6 +225,8 @@ def kinds(library: ctypes.CDLL) -> tuple[str, ...]:
 
 
 _in_use: ctypes.CDLL | None = None
+#: Whoever needs the library while another thread builds it waits for that.
+_loading = threading.Lock()
 
 
 def use(library: ctypes.CDLL | None) -> None:
