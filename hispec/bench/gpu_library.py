@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ from hispec.model.block import Block
 from hispec.model.cache import Cache, KVCache
 from hispec.model.config import ModelConfig
 from hispec.model.gpu import GpuPasses
+from hispec.model.gpu_parts import Span
+from hispec.model.graphs import Step
 from hispec.model.linear import Linear
 from hispec.model.llama import Llama
 from hispec.model.nodes import MAX_WIDTH
@@ -54,26 +57,21 @@ class LibraryPasses(GpuPasses):
         self._found: dict[Hashable, Tensor] = {}  # what graphs leave their products in
 
     @staticmethod
-    def _rows(width: int) -> int:
+    def tiles(width: int) -> int:
+        """The products take rows as they come."""
         return width
 
     def _run_blocks(
-        self,
-        blocks: Sequence[Block],
-        kv: KVCache,
-        first: int,
-        rows: int,
-        started: int,
-        splits: int,
-        tree: bool,
+        self, blocks: Sequence[Block], kv: KVCache, first: int, span: Span, whole: bool
     ) -> None:
-        """See :class:`~hispec.model.gpu.GpuPasses`; sums into x wait for the norm behind them."""
+        """See :class:`~hispec.model.gpu_parts.Parts`; sums into x wait for the norm behind them."""
         from hispec_kernels.gpu.attention import Partials, decode_attention
         from hispec_kernels.gpu.products import gated_product
         from hispec_kernels.gpu.rms_norm import add_rms_norm
         from hispec_kernels.gpu.rope import rope_write
 
-        config, eps, width = self._config, self._config.rms_norm_eps, self._width
+        rows, plan, tree, splits = span.rows, span.plan, span.tree, span.extent(whole)
+        config, eps, width = self._config, self._config.rms_norm_eps, span.real
         x, h, queries, mixed = (y[:rows] for y in (self._x, self._h, self._queries, self._mixed))
         cos, sin = self._rotary.cos, self._rotary.sin  # (S, D_h)
         partials = Partials(splits, rows, config.num_heads, config.head_dim, self._device)
@@ -81,12 +79,12 @@ class LibraryPasses(GpuPasses):
         for layer, block in enumerate(blocks, first):
             keys, values = kv.keys[layer], kv.values[layer]
             add_rms_norm(x, block.attention_norm, eps, width, h, delta)
-            rope_write(block.qkv(h), cos, sin, self._plan, queries, keys, values)
-            decode_attention(queries, keys, values, self._plan, partials, mixed, tree=tree)
+            rope_write(block.qkv(h), cos, sin, plan, queries, keys, values)
+            decode_attention(queries, keys, values, plan, partials, mixed, tree=tree)
             add_rms_norm(x, block.mlp_norm, eps, width, h, block.output(mixed.flatten(1)))
             if self._gate:
                 hidden = self._hidden[:rows]
-                tile = self._h[: GpuPasses._rows(rows)]  # our product's rows come in tiles
+                tile = self._h[: GpuPasses.tiles(rows)]  # our product's rows come in tiles
                 gated_product(tile, block.gate_up.weight, width, hidden, block.gate_up.bias)
             else:
                 hidden = swiglu(block.gate_up(h))
@@ -109,30 +107,34 @@ class LibraryPasses(GpuPasses):
                 add_rms_norm(states, norm, self._config.rms_norm_eps, self._count, h)
             self._found[key] = linear(h)
 
-        self.graphs.run(self._of_heads, key, work)
+        self.graphs.run(self._of_heads, [Step(key, work)])
         return self._found[key].to(torch.float32, copy=True)
 
-    def best(
-        self, linear: Linear, x: Tensor, norm: Tensor, asked: Asked, ids: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """See :class:`~hispec.model.passes.Passes`; greedy picks alone, one a row."""
-        from hispec_kernels.gpu.rms_norm import add_rms_norm
+    def ranking(self, *args: Any, **options: Any) -> tuple[Step, Tensor, Tensor]:
+        """See :class:`~hispec.model.gpu_parts.Parts`; however many are asked for, one a row."""
+        step, ids, odds = super().ranking(*args, **options)
+        return step, ids[:, :1], odds[:, :1]
 
-        _, _, seed, _, odds = asked
-        if odds or seed is not None or len(x) > MAX_WIDTH:
-            return None
-        width, size = x.shape
-        self._fill(x, True)
-        key = (linear, norm, width, "pick")
+    def ranks(self, asked: Asked) -> bool:
+        """See :class:`~hispec.model.gpu_parts.Parts`; greedy picks alone, one a row."""
+        return not asked.odds and asked.seed is None
 
-        def work(whole: bool) -> None:
-            states, h = (y[:width] for y in self._inputs[size])
-            add_rms_norm(states, norm, self._config.rms_norm_eps, self._count, h)
-            self._found[key] = linear(h).argmax(-1, keepdim=True)
-
-        self.graphs.run(self._of_heads, key, work)
-        picks = self._found[key] if ids is None else ids[self._found[key]]
-        return picks, torch.zeros_like(picks, dtype=torch.float32)
+    def _rank(
+        self,
+        linear: Linear,
+        norm: Tensor,
+        span: Span,
+        whole: bool,
+        k: int,
+        warmth: Tensor,
+        noise: Tensor | None,
+        ids: Tensor | None,
+        out: tuple[Tensor, Tensor],
+    ) -> None:
+        rows = span.rows
+        self.norm(norm, span.plan, rows, rows)
+        picks = linear(self._h[:rows]).argmax(-1, keepdim=True)
+        out[0][:rows, :1] = picks if ids is None else ids[picks]
 
 
 def fast_passes(model: Llama) -> list[Passes]:

@@ -7,7 +7,8 @@ on from the other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +17,49 @@ from hispec.model.cache import Cache
 from hispec.model.linear import Linear
 from hispec.model.native import NativePasses
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Asked
+from hispec.model.passes import Asked, Lift
 from hispec_kernels import cpu
 
 if TYPE_CHECKING:
     from hispec.model.exits import TrainedHead
+
+
+class Lack(NamedTuple):
+    """What a trained head has not seen of a text, and what it is asked about.
+
+    Attributes:
+        root: slot of the round's root: states before it are final.
+        final: slots of which it has the final states' keys and values.
+        start: the first slot whose row its block has to run, or that is asked about.
+        end: past the last one.
+        new_root: whether it still lacks the feature that a new root brings.
+    """
+
+    root: int
+    final: int
+    start: int
+    end: int
+    new_root: bool
+
+    def made_good(self, head: TrainedHead, feature: Tensor) -> None:
+        """Notes that the head has seen it, and the feature."""
+        if head.feature:
+            head.feature_of = (self.root, feature)
+        if head.block:
+            head.known = self.end
+            head.final = max(head.final, self.root) if head.context else head.final
+
+
+def lacking(head: TrainedHead, cache: Cache, first: int, nodes: Nodes) -> Lack | None:
+    """Returns what a head lacks; None where that is more than a narrow pass takes."""
+    root, end = nodes.root, cache.computed[head.exit_layer]
+    start, final = first, root
+    if head.block:
+        final = head.final if head.context else root
+        start = min(max(head.known, root if head.context else 0), first)
+    if cache.length < root or max(end - start, root - final) > MAX_WIDTH:
+        return None
+    return Lack(root, final, start, end, head.feature is not None and head.feature_of[0] != root)
 
 
 class CompiledHead:
@@ -71,20 +110,20 @@ class CompiledHead:
         return CompiledHead(head, passes) if layouts <= {head.head.layout} else None
 
     def best(
-        self, cache: Cache, first: int, nodes: Nodes, asked: Asked
+        self, cache: Cache, first: int, nodes: Nodes, asked: Asked, lifts: Sequence[Lift]
     ) -> tuple[Tensor, Tensor] | None:
-        """See :class:`~hispec.model.exits.ExitHead`; None where it takes more than one call."""
-        head, root, end = self._head, nodes.root, cache.computed[self._head.exit_layer]
-        start = first
-        final = root
-        if head.block:
-            final = head.final if head.context else root
-            start = min(max(head.known, root if head.context else 0), first)
-        rows, late = end - start, root - final
-        if asked.seed is not None or cache.length < root or max(rows, late) > MAX_WIDTH:
+        """See :class:`~hispec.model.exits.ExitHead`; None where it takes more than one call.
+
+        Then nothing has been run.
+        """
+        head = self._head
+        lack = lacking(head, cache, first, nodes)
+        if asked.seed is not None or lack is None:
             return None
+        head.model.run(lifts)
+        root, final, start, end, new_root = lack
+        rows, late = end - start, root - final
         finals = cache.states[head.model.config.num_layers]
-        new_root = bool(self._maps) and head.feature_of[0] != root
         feature = self._feature if new_root else head.feature_of[1]
         place = cpu.Place(
             cache.states[head.exit_layer].data_ptr(),
@@ -95,11 +134,7 @@ class CompiledHead:
         found = self._passes.draft(
             self._record, self._shape, place, nodes, asked, rows=rows, late=late, bytes_=self._bytes
         )
-        if self._maps:
-            head.feature_of = (root, feature)
-        if head.block:
-            head.known = end
-            head.final = max(head.final, root) if head.context else head.final
+        lack.made_good(head, feature)
         return found
 
     def _weight(self, linear: Linear | None) -> int | None:

@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -49,10 +49,11 @@ from hispec.model.cache import Cache, KVCache
 from hispec.model.checkpoint import Checkpoint
 from hispec.model.compiled_head import CompiledHead
 from hispec.model.device import enough_memory, upload
+from hispec.model.graphed_head import GraphedHead
 from hispec.model.linear import Linear
 from hispec.model.llama import PREFILL_CHUNK, Llama
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Asked, Found, Passes
+from hispec.model.passes import Asked, Found, Lift, Passes
 from hispec.model.tensorfile import TensorFile
 
 FORMAT = "hispec-exits"
@@ -62,10 +63,12 @@ class ExitHead(Protocol):
     """What the engine asks of a head.
 
     Attributes:
+        model: whose exit it is.
         exit_layer: e.
         vocab_ids: (V_r,) ids of the logits' columns, or None where the columns are the ids.
     """
 
+    model: Llama
     exit_layer: int
     vocab_ids: Tensor | None
 
@@ -82,10 +85,13 @@ class ExitHead(Protocol):
         """
         ...
 
-    def best(self, cache: Cache, first: int, nodes: Nodes, asked: Asked) -> Found:
+    def best(
+        self, cache: Cache, first: int, nodes: Nodes, asked: Asked, lifts: Sequence[Lift] = ()
+    ) -> Found:
         """Returns each row's best ids and their odds, (T, k) each, best first, until anything runs.
 
         Where the passes do not go from states to ids in one step, what :meth:`logits` returns.
+        ``lifts`` are run before: a GPU does it all in one graph.
         """
         ...
 
@@ -94,33 +100,49 @@ class ExitHead(Protocol):
         ...
 
 
-class SharedHead:
-    """The model's own norm and vocabulary head at an exit (LayerSkip)."""
+class _Head:
+    """What heads have in common: norm and vocabulary behind the states that :meth:`_last` finds."""
 
+    proj: Linear | None = None
+    block: Block | None = None
+    context: tuple[Linear, Linear] | None = None  # states here and final ones → KV
+    feature: Linear | None = None
     vocab_ids: Tensor | None = None
 
     def __init__(self, model: Llama, exit_layer: int) -> None:
         self.model = model
         self.exit_layer = exit_layer
+        self.norm = model.norm
+        self.head = model.head
+        self._whole: CompiledHead | GraphedHead = GraphedHead(self)
 
     def logits(self, cache: Cache, first: int, nodes: Nodes) -> Tensor:
         """See :class:`ExitHead`."""
-        return self.model.logits(
-            cache.states[self.exit_layer][first : cache.computed[self.exit_layer]]
-        )
+        return self.model.narrow.project(self.head, self._last(cache, first, nodes), self.norm)
 
-    def best(self, cache: Cache, first: int, nodes: Nodes, asked: Asked) -> Found:
+    def best(
+        self, cache: Cache, first: int, nodes: Nodes, asked: Asked, lifts: Sequence[Lift] = ()
+    ) -> Found:
         """See :class:`ExitHead`."""
-        model = self.model
-        x = cache.states[self.exit_layer][first : cache.computed[self.exit_layer]]
-        best = model.narrow.best(model.head, x, model.norm, asked, None)
-        return model.logits(x) if best is None else best
+        if found := self._whole.best(cache, first, nodes, asked, lifts):
+            return found
+        self.model.run(lifts)
+        passes, x = self.model.narrow, self._last(cache, first, nodes)
+        best = passes.best(self.head, x, self.norm, asked, self.vocab_ids)
+        return passes.project(self.head, x, self.norm) if best is None else best
+
+    def _last(self, cache: Cache, first: int, nodes: Nodes) -> Tensor:
+        return cache.states[self.exit_layer][first : cache.computed[self.exit_layer]]
 
     def truncate(self, length: int) -> None:
-        """Nothing is stored."""
+        """See :class:`ExitHead`."""
 
 
-class TrainedHead:
+class SharedHead(_Head):
+    """The model's own norm and vocabulary head at an exit (LayerSkip)."""
+
+
+class TrainedHead(_Head):
     """A head with weights of its own; see the module's text for the mathematics.
 
     Args:
@@ -137,8 +159,7 @@ class TrainedHead:
         tensors: Mapping[str, Tensor],
         head_rows: Callable[[Tensor], Tensor],
     ) -> None:
-        self.model = model
-        self.exit_layer = exit_layer
+        super().__init__(model, exit_layer)
 
         def read(name: str) -> Tensor:
             return tensors[name].to(device=model.device, dtype=model.dtype)
@@ -146,18 +167,14 @@ class TrainedHead:
         def linear(weight: Tensor, bias: Tensor | None = None) -> Linear:
             return Linear(weight, bias, model.draft_layout)
 
-        self.proj: Linear | None = None
         if "proj.weight" in tensors:
             bias = read("proj.bias") if "proj.bias" in tensors else None
             self.proj = linear(read("proj.weight"), bias)
-        self.norm = read("norm.weight") if "norm.weight" in tensors else model.norm
-        self.vocab_ids: Tensor | None = None
-        self.head = model.head
+        if "norm.weight" in tensors:
+            self.norm = read("norm.weight")
         if "vocab_ids" in tensors:
             self.vocab_ids = tensors["vocab_ids"].to(device=model.device, dtype=torch.int64)
             self.head = linear(head_rows(self.vocab_ids))
-        self.block: Block | None = None
-        self.context: tuple[Linear, Linear] | None = None  # states here and final ones → KV
         self.kv: KVCache | None = None
         self.known = 0  # slots in kv
         self.final = 0  # of these, leading ones made from final states
@@ -174,24 +191,11 @@ class TrainedHead:
                     linear(torch.cat([read(f"block.context_{x}_proj.weight") for x in "kv"])),
                 )
                 self.context_norm = read("block.context_layernorm.weight")
-        self.feature: Linear | None = None
         if "feature_proj.weight" in tensors:
             self.feature = linear(read("feature_proj.weight"))
             self.feature_norm = read("feature_layernorm.weight")
         self.feature_of: tuple[int, Tensor] = (-1, torch.empty(0))  # a root and what it receives
-        self._compiled = CompiledHead.of(self)
-
-    def logits(self, cache: Cache, first: int, nodes: Nodes) -> Tensor:
-        """See :class:`ExitHead`."""
-        return self.model.narrow.project(self.head, self._last(cache, first, nodes), self.norm)
-
-    def best(self, cache: Cache, first: int, nodes: Nodes, asked: Asked) -> Found:
-        """See :class:`ExitHead`."""
-        if self._compiled and (found := self._compiled.best(cache, first, nodes, asked)):
-            return found
-        passes, x = self.model.narrow, self._last(cache, first, nodes)
-        best = passes.best(self.head, x, self.norm, asked, self.vocab_ids)
-        return passes.project(self.head, x, self.norm) if best is None else best
+        self._whole = CompiledHead.of(self) or self._whole
 
     def _last(self, cache: Cache, first: int, nodes: Nodes) -> Tensor:
         """The states before norm and vocabulary. A block first catches up on what is new to it."""

@@ -14,13 +14,26 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from hispec.model.device import out_of_memory, wanted
+
+
+class Step(NamedTuple):
+    """A part of a graph.
+
+    Attributes:
+        key: all that shapes the work.
+        work: starts kernels on static buffers; told whether to start as many programs as the whole
+            bucket needs, or only as many as this time.
+    """
+
+    key: Hashable
+    work: Callable[[bool], object]
 
 
 class Graphs:
@@ -41,17 +54,20 @@ class Graphs:
     def run(
         self,
         known: dict[Hashable, torch.cuda.CUDAGraph | None],
-        key: Hashable,
-        work: Callable[[bool], None],
+        steps: Sequence[Step],
     ) -> None:
-        """Runs ``work``, from a graph if this is not its first time.
+        """Runs steps one after the other, from one graph if this is not their first time.
 
         Args:
-            known: the graphs of whatever owns the memory that ``work`` uses; grows by ``key``.
-            key: all that shapes the work.
-            work: starts kernels on static buffers; told whether to start as many programs as the
-                whole bucket needs, or only as many as this time.
+            known: the graphs of whatever owns the memory that the work uses; grows by its key.
+            steps: what to run.
         """
+        key = tuple(step.key for step in steps)
+
+        def work(whole: bool) -> None:
+            for step in steps:
+                step.work(whole)
+
         if self._mark:
             self._mark()
         graph = known.get(key) if self.on else None

@@ -21,9 +21,9 @@ from hispec.errors import UsageError
 from hispec.model.cache import Cache
 from hispec.model.checkpoint import Checkpoint, open_checkpoint
 from hispec.model.exits import ExitHead, SharedHead, TrainedHead
-from hispec.model.llama import Llama
+from hispec.model.llama import Llama, forgetting
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Asked, Found, Token
+from hispec.model.passes import Asked, Found, Lift, Token
 from hispec.model.ready import ready
 
 
@@ -108,8 +108,8 @@ class Exit:
         asked: Asked | None = None,
     ) -> tuple[Found, int]:
         """See :class:`Level`. The visits are those of the layers no level below has run."""
-        visits = self.model.advance(self.cache, tokens, end, self.boundary, nodes=nodes)
-        return _found(self.head, self.cache, first, nodes, asked), visits
+        lifts, visits = self.model.lifts(self.cache, tokens, end, self.boundary, nodes=nodes)
+        return _found(self.model, self.head, self.cache, first, nodes, asked, lifts), visits
 
     def keep(self, root: int, kept: Sequence[int]) -> None:
         """See :class:`Level`."""
@@ -179,10 +179,11 @@ class Separate:
         model, cache, visits = self.model, self.cache, 0
         if cache.length < self.prompt:
             model.prefill(cache, tokens[: self.prompt])
-        while cache.length < end:
-            upto = min(end, cache.length + MAX_WIDTH)
+        while end - cache.length > MAX_WIDTH:
+            upto = cache.length + MAX_WIDTH
             visits += model.advance(cache, tokens, upto, self.boundary, nodes=nodes)
-        return _found(self.head, cache, first, nodes, asked), visits
+        lifts, more = model.lifts(cache, tokens, end, self.boundary, nodes=nodes)
+        return _found(model, self.head, cache, first, nodes, asked, lifts), visits + more
 
     def keep(self, root: int, kept: Sequence[int]) -> None:
         """See :class:`Level`."""
@@ -196,10 +197,20 @@ def slots_read(head: ExitHead) -> int | None:
     return head.final if head.context else head.known
 
 
-def _found(head: ExitHead, cache: Cache, first: int, nodes: Nodes, asked: Asked | None) -> Found:
-    if asked:
-        return head.best(cache, first, nodes, asked)
-    return head.logits(cache, first, nodes)
+def _found(
+    model: Llama,
+    head: ExitHead,
+    cache: Cache,
+    first: int,
+    nodes: Nodes,
+    asked: Asked | None,
+    lifts: Sequence[Lift],
+) -> Found:
+    with forgetting(cache, lifts):
+        if asked:
+            return head.best(cache, first, nodes, asked, lifts)
+        model.run(lifts)
+        return head.logits(cache, first, nodes)
 
 
 def check_vocabulary(checkpoint: Checkpoint, target: Checkpoint) -> None:

@@ -15,7 +15,8 @@ Where bf16 weights lie in tiles or pairs the compiled passes run both; otherwise
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import groupby
 
@@ -32,7 +33,7 @@ from hispec.model.gpu import gpu_passes
 from hispec.model.linear import Layout, Linear, onednn_available
 from hispec.model.native import NativePasses, native_library
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Passes, Rotary, Token, Words
+from hispec.model.passes import Lift, Passes, Rotary, Token, Words
 from hispec.model.torch_passes import TorchPasses
 from hispec_kernels.attention import BUCKET
 from hispec_kernels.cpu import LAYOUTS
@@ -214,8 +215,36 @@ class Llama:
             nodes: the tree in the slots from its root on; without one, slots are positions.
             wide: a prefill's pass.
         """
+        lifts, visits = self.lifts(cache, tokens, upto, boundary, nodes=nodes)
+        with forgetting(cache, lifts):
+            self.run(lifts, wide=wide)
+        return visits
+
+    def lifts(
+        self,
+        cache: Cache,
+        tokens: Sequence[Token],
+        upto: int,
+        boundary: int,
+        *,
+        nodes: Nodes | None = None,
+    ) -> tuple[list[Lift], int]:
+        """Raises watermarks as :meth:`advance` does; returns what is still to be run for it.
+
+        Who runs it does so :func:`forgetting` what it fails to find out.
+
+        Args:
+            cache: as there.
+            tokens: likewise.
+            upto: likewise.
+            boundary: likewise.
+            nodes: likewise.
+
+        Returns:
+            What :meth:`run` takes, and the layer visits of it all.
+        """
         assert len(tokens) >= upto, "a row has a token"
-        visits, below = 0, 0
+        lifts, visits, below = list[Lift](), 0, 0
         source: Tensor | Words | None = None
         levels = cache.boundaries[: cache.boundaries.index(boundary) + 1]
         # Boundaries that lack the same slots are passed on one way.
@@ -224,11 +253,13 @@ class Llama:
             if start < upto:
                 if source is None:
                     source = Words(self.embedding, tokens[start:upto])
-                self.lift(cache, source, below, stops, start, upto, nodes=nodes, wide=wide)
-                visits += (upto - start) * (stops[-1] - below)
+                targets = [(stop - below, cache.states[stop]) for stop in stops]
+                blocks, width = self.blocks[below : stops[-1]], upto - start
+                lifts.append(Lift(blocks, source, targets, start, width, cache.kv, below, nodes))
+                visits += width * (stops[-1] - below)
             below, source = stops[-1], cache.states[stops[-1]]
         cache.computed.update((level, upto) for level in levels if cache.computed[level] < upto)
-        return visits
+        return lifts, visits
 
     def prefill(self, cache: Cache, tokens: Sequence[Token]) -> int:
         """Runs all layers over the tokens the cache does not know yet; returns the layer visits.
@@ -264,35 +295,11 @@ class Llama:
             self.narrow.move(cache.kv, sources, targets)
         cache.keep(root, kept)
 
-    def lift(
-        self,
-        cache: Cache,
-        source: Tensor | Words,
-        start: int,
-        stops: Sequence[int],
-        position: int,
-        upto: int,
-        *,
-        nodes: Nodes | None = None,
-        wide: bool = False,
-    ) -> None:
-        """Does what :meth:`run_layers` does, from ``source`` to the states at boundaries.
-
-        Args:
-            cache: has a boundary at each of ``stops``.
-            source: (S, D), states after ``layers[0:start]`` by slot, or the rows' tokens.
-            start: first layer.
-            stops: where states are left: ascending, the last one past the last layer.
-            position: slot of the first row.
-            upto: slot past the last row.
-            nodes: see :meth:`run_layers`.
-            wide: likewise.
-        """
-        width = upto - position
-        assert wide or width <= MAX_WIDTH, "a narrow pass takes MAX_WIDTH rows"
-        passes, blocks = self.wide if wide else self.narrow, self.blocks[start : stops[-1]]
-        targets = [(stop - start, cache.states[stop]) for stop in stops]
-        passes.lift(blocks, source, targets, position, width, cache.kv, start, nodes)
+    def run(self, lifts: Sequence[Lift], *, wide: bool = False) -> None:
+        """Runs what :meth:`lifts` has planned; ``wide`` as a prefill's pass."""
+        for lift in lifts:
+            assert wide or lift.width <= MAX_WIDTH, "a narrow pass takes MAX_WIDTH rows"
+            (self.wide if wide else self.narrow).lift(lift)
 
     def run_layers(
         self,
@@ -329,6 +336,17 @@ class Llama:
     def logits(self, x: Tensor) -> Tensor:
         """Returns the vocabulary logits (T, V) of states after the last layer (T, D)."""
         return self.narrow.project(self.head, x, self.norm)
+
+
+@contextmanager
+def forgetting(cache: Cache, lifts: Sequence[Lift]) -> Iterator[None]:
+    """Inside, ``lifts`` are run, which the watermarks take for done; they sink if that fails."""
+    try:
+        yield
+    except BaseException:
+        if lifts:
+            cache.truncate(lifts[-1].position)  # deeper layers know less
+        raise
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype, *, tied: bool) -> int:

@@ -1,7 +1,7 @@
 """Running blocks over new rows of a cache.
 
     run(blocks, x, position, kv)      states after the blocks, their keys and values stored
-    lift(blocks, source, targets, …)  the same from one boundary's states to those of others above
+    lift(lift)                        the same from one boundary's states to those of others above
     project(linear, x, norm)          a product, after RMSNorm where a norm is given
     move(kv, sources, targets)        a tree's kept nodes take the slots of those that go
 
@@ -63,6 +63,33 @@ class Words(NamedTuple):
     ids: Sequence[Token]
 
 
+class Lift(NamedTuple):
+    """Blocks to run over some rows, from one boundary's states to those of others above it.
+
+    Attributes:
+        blocks: consecutive ones; block i stores its keys and values in ``kv``'s layer
+            ``first + i``.
+        source: (S, D) states by slot, of the dtype that the cache keeps them in; or the rows'
+            tokens.
+        targets: pairs of n, ascending to all, and states likewise: where those after
+            ``blocks[:n]`` go. One of them may be ``source``; n may be 0 for the embeddings.
+        position: slot of the first row.
+        width: W.
+        kv: knows these layers' keys and values of all earlier slots.
+        first: the first block's layer in ``kv``.
+        nodes: the tree in the slots from its root on; without one, slots are positions.
+    """
+
+    blocks: Sequence[Block]
+    source: Tensor | Words
+    targets: Sequence[tuple[int, Tensor]]
+    position: int
+    width: int
+    kv: KVCache
+    first: int
+    nodes: Nodes | None = None
+
+
 class Passes(Protocol):
     """What a model asks of a way to run its blocks.
 
@@ -101,31 +128,8 @@ class Passes(Protocol):
         """
         ...
 
-    def lift(
-        self,
-        blocks: Sequence[Block],
-        source: Tensor | Words,
-        targets: Sequence[tuple[int, Tensor]],
-        position: int,
-        width: int,
-        kv: KVCache,
-        first: int,
-        nodes: Nodes | None = None,
-    ) -> None:
-        """Does what :meth:`run` does, from one boundary's states to those of others above it.
-
-        Args:
-            blocks: as there.
-            source: (S, D) states by slot, of the dtype that the cache keeps them in; or the rows'
-                tokens.
-            targets: pairs of n, ascending to all, and states likewise: where those after
-                ``blocks[:n]`` go. One of them may be ``source``; n may be 0 for the embeddings.
-            position: slot of the first row.
-            width: W.
-            kv: as there.
-            first: likewise.
-            nodes: likewise.
-        """
+    def lift(self, lift: Lift) -> None:
+        """Does what :meth:`run` does, from one boundary's states to those of others above it."""
         ...
 
     def embed(self, linear: Linear, tokens: Sequence[Token]) -> Tensor:

@@ -22,7 +22,7 @@ from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig
 from hispec.model.linear import Linear
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Asked, Embedding, Rotary, Words
+from hispec.model.passes import Asked, Embedding, Lift, Rotary, Words
 from hispec_kernels import compact, decode_attention, rms_norm, rope_write, swiglu
 from hispec_kernels.attention import BUCKET, ROWS
 
@@ -103,18 +103,9 @@ class TorchPasses(Embedding):
             x = self._run_block(block, x, at, kv.keys[layer], kv.values[layer])
         return x[:rows]
 
-    def lift(
-        self,
-        blocks: Sequence[Block],
-        source: Tensor | Words,
-        targets: Sequence[tuple[int, Tensor]],
-        position: int,
-        width: int,
-        kv: KVCache,
-        first: int,
-        nodes: Nodes | None = None,
-    ) -> None:
+    def lift(self, lift: Lift) -> None:
         """See :class:`Passes`."""
+        blocks, source, targets, position, width, kv, first, nodes = lift
         rows = slice(position, position + width)
         x, done = self.embed(*source) if isinstance(source, Words) else source[rows], 0
         for stop, target in targets:

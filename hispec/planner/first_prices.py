@@ -29,12 +29,12 @@ from hispec.planner.prices import Growth
 from hispec.planner.timing import (
     CAUGHT_UP,
     CONTEXT,
+    LEVEL_ROWS,
     WIDTHS,
     beside,
-    drafted,
+    exit_pass,
     fitting,
     plain_pass,
-    run_rows,
     untimed,
 )
 
@@ -46,8 +46,6 @@ WIDE = 12
 REPEATS, PATIENCE_S, GLANCE_S = 12, 1.5, 0.15
 #: A plain pass, and what is timed right after one.
 Passes = tuple[Callable[[], object], Mapping[int, Callable[[], object]]]
-#: Rows of an exit's pass where nobody knows better: the root, and one that the databases propose.
-LEVEL_ROWS = 2
 
 
 class LevelCost(NamedTuple):
@@ -153,12 +151,8 @@ def level_cost(
 
     def passes() -> Passes:
         cache = model.new_cache([exit_layer, model.config.num_layers], context + MAX_WIDTH)
-
-        def knowing(known: int) -> float:
-            run_rows(model, cache, exit_layer, context, LEVEL_ROWS)
-            return drafted(head, cache, context, LEVEL_ROWS, known)
-
         plain = partial(plain_pass, model, context, cache)
+        knowing = partial(exit_pass, model, head, cache, context)
         return plain, {0: partial(knowing, context - CAUGHT_UP), 1: partial(knowing, 0)}
 
     detail = f"{label}|{exit_layer}" if label else ""

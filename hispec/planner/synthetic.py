@@ -19,7 +19,7 @@ from torch import Tensor
 from hispec.model.cache import Cache
 from hispec.model.exits import ExitHead
 from hispec.model.nodes import Nodes
-from hispec.model.passes import Asked, Found
+from hispec.model.passes import Asked, Found, Lift
 from hispec.planner.acceptance import ACCEPTED, BONUS, CORRECTED, OWN, Acceptance, Key
 from hispec.planner.cost_table import TARGET
 
@@ -81,6 +81,7 @@ class ScriptedHead:
     """A head that computes its logits and then picks what the script says."""
 
     def __init__(self, head: ExitHead, script: Script) -> None:
+        self.model = head.model
         self.exit_layer = head.exit_layer
         self.vocab_ids: Tensor | None = head.vocab_ids
         self._head = head
@@ -102,8 +103,11 @@ class ScriptedHead:
         logits[range(len(wanted)), columns] = torch.finfo(logits.dtype).max
         return logits
 
-    def best(self, cache: Cache, first: int, nodes: Nodes, asked: Asked) -> Found:
+    def best(
+        self, cache: Cache, first: int, nodes: Nodes, asked: Asked, lifts: Sequence[Lift] = ()
+    ) -> Found:
         """See :class:`hispec.model.exits.ExitHead`; the script is told in logits."""
+        self.model.run(lifts)
         return self.logits(cache, first, nodes)
 
     def truncate(self, length: int) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from hispec.drafter import RANKS, SHOWN
 from hispec.model.cache import Cache
-from hispec.model.exits import ExitHead
+from hispec.model.exits import ExitHead, SharedHead
 from hispec.model.llama import Llama
 from hispec.model.nodes import MAX_WIDTH, Nodes
 from hispec.model.passes import Asked, Found
@@ -24,6 +24,8 @@ CONTEXT = 256
 WIDTHS = (1, 2, 3, 4, 6, 8, 12, 16, MAX_WIDTH)
 #: Tokens that a round commits: what a head with a memory has to catch up on at the next root.
 CAUGHT_UP = 2
+#: Rows of an exit's pass where nobody knows better: the root, and one that the databases propose.
+LEVEL_ROWS = 2
 #: What is timed seldom is timed every so many times.
 SELDOM = 4
 #: Rounds after which a median no longer goes by one that was interrupted.
@@ -57,7 +59,27 @@ def run_rows(model: Llama, cache: Cache, boundary: int, context: int, rows: int)
 
 def plain_pass(model: Llama, context: int, cache: Cache, rows: int = 1) -> float:
     """Runs a pass over all layers and the head, so that every weight goes through the caches."""
-    return head_alone(model, run_rows(model, cache, cache.boundaries[-1], context, rows))
+    layers = cache.boundaries[-1]
+    asked = Asked(SHOWN, 1.0, None, range(context + 1, context + 1 + rows), odds=False)
+    return whole_pass(model, SharedHead(model, layers), cache, layers, context, asked)
+
+
+def exit_pass(model: Llama, head: ExitHead, cache: Cache, context: int, known: int) -> float:
+    """Runs an exit's first pass of a round over two rows; its head knows ``known`` positions."""
+    head.truncate(known)
+    asked = Asked(RANKS, 1.0, None, range(context + 1, context + 1 + LEVEL_ROWS))
+    return whole_pass(model, head, cache, cache.boundaries[0], context, asked)
+
+
+def whole_pass(
+    model: Llama, head: ExitHead, cache: Cache, boundary: int, context: int, asked: Asked
+) -> float:
+    """Runs a level's pass as the engine does, over as many rows as are asked about."""
+    cache.computed.update(dict.fromkeys(cache.boundaries, context))
+    end = context + len(asked.positions)
+    nodes = Nodes.line(context, end - context)
+    lifts, _ = model.lifts(cache, [0] * end, end, boundary, nodes=nodes)
+    return _picked(head.best(cache, context, nodes, asked, lifts))
 
 
 def head_alone(model: Llama, states: torch.Tensor) -> float:

@@ -9,6 +9,7 @@ from unittest import mock
 
 from hispec.generation import LM
 from hispec.hierarchy import Hierarchy
+from hispec.model.passes import Lift
 from hispec.sampling import Sampling
 
 
@@ -21,19 +22,20 @@ def failing_at(lm: LM, call: int) -> Iterator[None]:
     """The ``call``-th pass from here on raises, be it the target's or a separate model's."""
     calls = 0
 
-    def failing(lift: Callable[..., None]) -> Callable[..., None]:
-        def run(*args: Any, **options: Any) -> None:
+    def failing(run: Callable[..., None]) -> Callable[..., None]:
+        def run_one_by_one(lifts: Sequence[Lift], **options: Any) -> None:
             nonlocal calls
-            calls += 1
-            if calls == call:
-                raise Injected
-            lift(*args, **options)
+            for lift in lifts:
+                calls += 1
+                if calls == call:
+                    raise Injected
+                run([lift], **options)
 
-        return run
+        return run_one_by_one
 
     with ExitStack() as stack:
         for model in (lm.model, *(separate.model for separate in lm._separate.values())):
-            patch = mock.patch.object(model, "lift", failing(model.lift))
+            patch = mock.patch.object(model, "run", failing(model.run))
             stack.enter_context(patch)
         yield
 

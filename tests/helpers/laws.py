@@ -20,7 +20,7 @@ from hispec.model.cache import Cache, KVCache
 from hispec.model.exits import ExitHead, SharedHead
 from hispec.model.level import Separate
 from hispec.model.nodes import MAX_WIDTH, Nodes
-from hispec.model.passes import Asked, Found
+from hispec.model.passes import Asked, Found, Lift
 from hispec.result import Result
 from hispec.sampling import Sampling
 
@@ -225,7 +225,10 @@ def heads_forget(
             compared += 1
             return found
 
-        def best(cache: Cache, first: int, nodes: Nodes, asked: Asked) -> Found:
+        def best(
+            cache: Cache, first: int, nodes: Nodes, asked: Asked, lifts: Sequence[Lift] = ()
+        ) -> Found:
+            lm.model.run(lifts)
             return logits(cache, first, nodes)  # in logits, whatever was asked
 
         return mock.patch.multiple(head, logits=logits, best=best)

@@ -36,6 +36,7 @@ from hispec.model.exits import FORMAT, Exits
 from hispec.model.llama import PREFILL_CHUNK, Llama
 from hispec.model.native import NativePasses
 from hispec.model.numerics import find_min_width
+from hispec.model.passes import Lift
 from hispec.model.store import cache_dir
 from hispec.model.torch_passes import TorchPasses
 from hispec.sampling import Sampling
@@ -326,7 +327,7 @@ def recording_separate(lm: LM, path: str) -> Iterator[Recorder]:
 def watching(model: Llama) -> Iterator[Recorder]:
     """Records a model's passes and what caches that it makes meanwhile drop."""
     recorder = Recorder()
-    run_layers, lift = model.run_layers, model.lift
+    run_layers, run = model.run_layers, model.run
     new_cache, keep = model.new_cache, model.keep
 
     def watched_run(
@@ -335,17 +336,10 @@ def watching(model: Llama) -> Iterator[Recorder]:
         recorder.note(start, stop, position, x.shape[0])
         return run_layers(x, start, stop, position, kv, **options)
 
-    def watched_lift(
-        cache: Any,
-        source: Tensor,
-        start: int,
-        stops: Sequence[int],
-        position: int,
-        upto: int,
-        **options: Any,
-    ) -> None:
-        recorder.note(start, stops[-1], position, upto - position)
-        lift(cache, source, start, stops, position, upto, **options)
+    def watched_lifts(lifts: Sequence[Lift], **options: Any) -> None:
+        for lift in lifts:
+            recorder.note(lift.first, lift.first + len(lift.blocks), lift.position, lift.width)
+            run([lift], **options)
 
     def watched_cache(boundaries: Sequence[int], positions: int | None = None) -> Any:
         cache = new_cache(boundaries, positions)
@@ -369,7 +363,7 @@ def watching(model: Llama) -> Iterator[Recorder]:
     with (
         mock.patch.object(model, "keep", watched_keep),
         mock.patch.object(model, "run_layers", watched_run),
-        mock.patch.object(model, "lift", watched_lift),
+        mock.patch.object(model, "run", watched_lifts),
         mock.patch.object(model, "new_cache", watched_cache),
     ):
         yield recorder

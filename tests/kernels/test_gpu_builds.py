@@ -81,6 +81,8 @@ build(rope._rope_write, (F, F, F, B, B, B, I, i, i, i), SIZE=128, HALF=64, HEADS
 for load in (True, False):
     build(copies._copy_rows, (F, F, I, i), LOAD=load, BLOCK=1024)
     build(copies._embed_rows, (B, F, I, i), BLOCK=1024)
+build(copies._copy_rows, (F, B, I, i), LOAD=True, BLOCK=1024)
+build(copies._add_features, (F, F, I, i, i), BLOCK=1024)
 for kind, size, group in ((B, 128, 4), ("*fp16", 64, 3), (F, 128, 8), (B, 256, 1)):
     types = (kind, kind, kind, I, F, F, F, "fp32", i, i, i)
     sizes = dict(ROWS=16, SIZE=size, BLOCK=size)
@@ -89,7 +91,7 @@ for kind, size, group in ((B, 128, 4), ("*fp16", 64, 3), (F, 128, 8), (B, 256, 1
     assert kind == F or "mma.sync" in ptx, "no tensor cores"
 build(attention._merge, (F, F, F, B, I, i), warps=1, HEADS=1, STEPS=4, **sizes)
 build(noise._noisy, (F, F, L, L, L, "fp32", i, i), IDS=True, BLOCK=1024)
-types = (B, B, F, F, I, F, F, L, F, L, I, i, i, i)
+types = (B, B, F, F, I, F, F, I, F, L, I, i, i, i)
 build(exit_head._head, types, NOISE=True, IDS=True, K=3, BLOCK_K=256, **cut)
 types = (F, F, I, F, F, L, L, F, I, i)
 _, ptx = build(exit_head._rank, types, IDS=True, K=8, PIECES=4096, warps=8)  # 128,256 tokens

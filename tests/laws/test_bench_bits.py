@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -12,6 +13,7 @@ from helpers.laws import random_prompt
 
 from hispec.bench import bits
 from hispec.bench.bits import compare_bits, differing_bits, long_texts
+from hispec.model.passes import Lift
 
 
 @pytest.mark.parametrize("kind", ["torch fp32", "compiled bf16"])
@@ -23,9 +25,12 @@ def test_nothing_differs(zoo, kind: str) -> None:
 
 def test_a_tree_taken_for_a_chain_is_found(zoo) -> None:
     lm = zoo("gqa")
-    lift = lm.model.lift
-    chains = lambda *args, nodes, **options: lift(*args, **options)  # noqa: E731
-    with mock.patch.object(lm.model, "lift", chains):
+    run = lm.model.run
+
+    def chains(lifts: Sequence[Lift], **options: Any) -> None:
+        run([lift._replace(nodes=None) for lift in lifts], **options)
+
+    with mock.patch.object(lm.model, "run", chains):
         found = compare_bits(lm, [random_prompt(1, 360)], 60)
     assert 0 < found.rows_that_differ < found.bits_that_differ and not found.same
 

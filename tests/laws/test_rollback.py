@@ -81,9 +81,9 @@ def test_a_head_in_one_call_is_the_head_step_by_step(zoo, kind: str, exits) -> N
     def checked(head):
         original = head.best
 
-        def best(cache, first, nodes, asked):
+        def best(cache, first, nodes, asked, lifts=()):
             nonlocal compared
-            found = original(cache, first, nodes, asked)
+            found = original(cache, first, nodes, asked, lifts)
             assert isinstance(found, tuple)
             found = found[0].clone(), found[1].clone()  # they hold until the next call
             fresh = lm.exits.head(head.exit_layer, lm.model, lm.checkpoint)

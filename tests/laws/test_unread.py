@@ -20,7 +20,7 @@ from hispec.bench.recorder import Recorder
 from hispec.generation import LM
 from hispec.hierarchy import Hierarchy, Level
 from hispec.model.level import Separate
-from hispec.model.passes import Words
+from hispec.model.passes import Lift, Words
 from hispec.result import Result
 from hispec.sampling import Sampling
 
@@ -38,11 +38,11 @@ def unread(lm: LM | Separate) -> Iterator[list[int]]:
     passes, left = lm.model.narrow, []
     lift = passes.lift
 
-    def lifted(blocks: Any, source: Any, *rest: Any) -> None:
-        if isinstance(source, Words):
+    def lifted(some: Lift) -> None:
+        if isinstance(source := some.source, Words):
             left.append(sum(isinstance(token, torch.Tensor) for token in source.ids))
             source = source._replace(ids=[int(token) for token in source.ids])
-        lift(blocks, source, *rest)
+        lift(some._replace(source=source))
 
     with mock.patch.multiple(passes, asynchronous=True, lift=lifted):
         yield left

@@ -176,12 +176,7 @@ def _rank(
 
 
 class Candidates:
-    """Room for what the pieces of a vocabulary leave for ranking, and for the outcome.
-
-    Attributes:
-        ids: (R, k) int64, each row's best ids, best first.
-        odds: (R, k) fp32, how likely they are without the noise.
-    """
+    """Room for what the pieces of a vocabulary leave for ranking."""
 
     def __init__(self, pieces: int, rows: int, k: int, device: torch.device) -> None:
         self.scores = torch.empty(rows, pieces, k, device=device)
@@ -189,8 +184,6 @@ class Candidates:
         self.columns = torch.empty(rows, pieces, k, dtype=torch.int32, device=device)
         self.peaks = torch.empty(rows, pieces, device=device)
         self.shares = torch.empty(rows, pieces, device=device)
-        self.ids = torch.empty(rows, k, dtype=torch.int64, device=device)
-        self.odds = torch.empty(rows, k, device=device)
 
 
 def best(
@@ -203,6 +196,7 @@ def best(
     ids: Tensor | None = None,
     blocks: Blocks | None = None,
     rows: int | None = None,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Returns the k best ids of each row under the noise, and their odds without it.
 
@@ -212,11 +206,12 @@ def best(
         width: (1,) int32; of later rows nothing is written.
         k: 1 … 16.
         temperature: (1,) fp32.
-        sampling: (1 + R,) int64: :func:`hispec_kernels.noise.seeded_state`, then each row's
-            position; None is without noise.
+        sampling: (1 + R,) integers: the bits of :func:`hispec_kernels.noise.seeded_state`, then
+            each row's position; None is without noise.
         ids: (V,) int64, the columns' ids; None where the columns are the ids.
         blocks: how to cut the product; by default by its shape.
         rows: rows to start programs for, at least ``width``; R by default.
+        out: what to fill instead of new memory.
 
     Returns:
         ids (R, k) int64 and odds (R, k) fp32.
@@ -225,8 +220,12 @@ def best(
     cut = blocks or blocks_for(weight, count)
     pieces = triton.cdiv(count, cut["BLOCK_N"])
     room = Candidates(pieces, x.shape[0], k, x.device)
+    found = out or (
+        torch.empty(x.shape[0], k, dtype=torch.int64, device=x.device),
+        torch.empty(x.shape[0], k, device=x.device),
+    )
     parts = (room.scores, room.logits, room.columns, room.peaks, room.shares)
-    table = room.ids if ids is None else ids
+    table = found[0] if ids is None else ids
     _head[(pieces,)](
         *(x, weight, *parts, width if sampling is None else sampling, temperature, table, width),
         *(count, size, pieces),
@@ -238,10 +237,10 @@ def best(
         **cut,
     )
     _rank[(rows or x.shape[0],)](
-        *(*parts, table, room.ids, room.odds, width, pieces),
+        *(*parts, table, *found, width, pieces),
         IDS=ids is not None,
         K=k,
         PIECES=triton.next_power_of_2(pieces),
         num_warps=8 if pieces <= 4096 else 32,  # what a thread keeps fits its registers
     )
-    return room.ids, room.odds
+    return found

@@ -3,6 +3,7 @@
     [0] slot      of the first row; row r is in slot + r
     [1] width     real rows
     [2] root      slot and position of the tree's root; ``STRAIGHT`` where slots are positions
+    [3] round     slot of the round's root, tree or chain
     [4 …]         ids: (32,) the rows' tokens, where they are to be embedded
     [36 …]        depths: (32,) steps below the root, by node
     [68 …]        paths: (32, 32), the ancestor of a node at a depth; see hispec.model.nodes
@@ -17,6 +18,7 @@ import triton.language as tl
 
 #: Nodes of a tree, and rows of a pass, at most.
 NODES = 32
+ROOT = 3
 IDS = 4
 DEPTHS = IDS + NODES
 PATHS = DEPTHS + NODES
