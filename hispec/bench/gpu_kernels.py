@@ -207,6 +207,24 @@ class Cases:
         run = partial(store_rows, x, self.plan, states, rows=n)
         return Trial(run, lambda: states[at : at + n], lambda: x[:n], moved, exact=True)
 
+    def add_features(self) -> Trial:
+        """What rows receive by their distance from the round's root."""
+        from hispec_kernels.gpu.plan import ROOT
+        from hispec_kernels.gpu.rows import add_features
+
+        size, n, plan = self.config.hidden_size, self.width, self.tree_plan.clone()
+        plan[ROOT] = self.context
+        x, given = (self.noise(rows, size, dtype=torch.float32) for rows in (self.rows, 4))
+        before = x[:n].clone()
+        places = [min(depth, 3) for depth in self.nodes.depths[:n]]
+
+        def run() -> None:
+            add_features(x, given, plan, rows=n)
+
+        wanted = before + given[places]
+        moved = 4 * size * (2 * n + len(set(places)))
+        return Trial(run, lambda: x[:n], lambda: wanted, moved)
+
     def rope_write(self, *, tree: bool = False) -> Trial:
         """The rotation of queries and keys, and where keys and values go."""
         from hispec_kernels.gpu.rope import rope_write
@@ -289,6 +307,7 @@ class Cases:
         yield "embed_rows", self.embed_rows
         yield "load_rows", partial(self.copy_rows, load=True)
         yield "store_rows", partial(self.copy_rows, load=False)
+        yield "add_features", self.add_features
         yield "rope_write", self.rope_write
         yield "attention", self.attention
         if self.width > 1:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from helpers.interpreter import exact_dots
+from hispec.model.nodes import Nodes
+from hispec_kernels.gpu import plan as plan_layout
 
 exact_dots()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -41,3 +43,13 @@ def near(found: Tensor, wanted: Tensor, tolerance: float) -> None:
 
 def untouched(rest: Tensor) -> None:
     assert rest.isnan().all(), "wrote to rows that are not there"
+
+
+def plan_of(position: int, width: int, nodes: Nodes | None) -> Tensor:
+    plan = torch.full((plan_layout.LENGTH,), 7, dtype=torch.int32)
+    plan[0], plan[1] = position, width
+    plan[2] = plan_layout.STRAIGHT if nodes is None else nodes.root
+    if nodes is not None:
+        plan[36:68] = torch.from_numpy(nodes.depths_array)
+        plan[68:] = torch.from_numpy(nodes.paths_array).flatten()
+    return plan.to(DEVICE)

@@ -22,6 +22,7 @@ from helpers.gpu_rows import (
     count,
     near,
     noise,
+    plan_of,
     rows_for,
     untouched,
 )
@@ -32,14 +33,12 @@ from hispec_kernels import compact as reference_compact
 from hispec_kernels import follow as reference_follow
 from hispec_kernels import swiglu
 from hispec_kernels.gpu import attention, rope
-from hispec_kernels.gpu import plan as plan_layout
 from hispec_kernels.gpu.attention import Partials, decode_attention
 from hispec_kernels.gpu.compact import compact
 from hispec_kernels.gpu.follow import follow
 from hispec_kernels.gpu.products import Blocks, gated_product, product
 from hispec_kernels.gpu.rms_norm import add_rms_norm
 from hispec_kernels.gpu.rope import rope_write
-from hispec_kernels.gpu.rows import embed_rows, load_rows, store_rows
 from hispec_kernels.rope import rotate
 
 
@@ -134,16 +133,6 @@ def test_products_cut_as_on_a_gpu(width: int, size: int, dtype: torch.dtype) -> 
 
 
 # ------------------------------------------------------------------ rows of a pass
-
-
-def plan_of(position: int, width: int, nodes: Nodes | None) -> Tensor:
-    plan = torch.full((plan_layout.LENGTH,), 7, dtype=torch.int32)
-    plan[0], plan[1] = position, width
-    plan[2] = plan_layout.STRAIGHT if nodes is None else nodes.root
-    if nodes is not None:
-        plan[36:68] = torch.from_numpy(nodes.depths_array)
-        plan[68:] = torch.from_numpy(nodes.paths_array).flatten()
-    return plan.to(DEVICE)
 
 
 def random_tree(root: int, size: int, seed: int) -> Nodes:
@@ -346,31 +335,6 @@ def test_follow(seed: int) -> None:
     wanted, token = reference_follow(*arrays)
     path, end = follow(*(x.to(DEVICE) for x in arrays))
     assert (path[: int(end[0])].tolist(), int(end[1])) == (wanted.tolist(), int(token))
-
-
-@pytest.mark.parametrize("size", [1, 33, 576, 1500])
-@pytest.mark.parametrize("width", [1, 3, 16])
-def test_rows_between_states_and_a_pass(size: int, width: int) -> None:
-    slot, states, x = 40, noise(64, size), noise(16, size)
-    plan = torch.tensor([slot, width], dtype=torch.int32, device=DEVICE)
-    wanted = torch.cat([states[slot : slot + width], x[width:]])
-    load_rows(states, plan, x)
-    assert torch.equal(x, wanted)
-    before, rows = states.clone(), noise(16, size)
-    before[slot : slot + width] = rows[:width]
-    store_rows(rows, plan, states, rows=width)
-    assert torch.equal(states, before)
-
-
-@pytest.mark.parametrize(("width", "size"), [(1, 1), (3, 33), (16, 576), (2, 1500)])
-def test_embeddings_of_a_pass(width: int, size: int, dtype: torch.dtype) -> None:
-    words, x = noise(50, size, dtype=dtype), noise(16, size)
-    plan = plan_of(40, width, None)
-    ids = torch.randint(50, (width,), generator=torch.Generator().manual_seed(width)).to(DEVICE)
-    plan[plan_layout.IDS : plan_layout.IDS + width] = ids
-    wanted = torch.cat([words[ids].float(), x[width:]])
-    embed_rows(words, plan, x)
-    assert torch.equal(x, wanted)
 
 
 @pytest.mark.parametrize(("kept", "real"), [((0, 2, 3, 5, 6), 5), ((0, 1, 4), 3), ((0, 9), 1)])
