@@ -65,10 +65,11 @@ static inline vu pairs_at(const char *w, const int bytes) {
 
 static inline __attribute__((always_inline)) void dots(const void *const *w, const int bytes,
                                                        const operand_t *x, int64_t ldx, int64_t n,
-                                                       const int P, const int T,
+                                                       const int P, const int T, const int by_row,
                                                        const void *const *next, int64_t turn,
                                                        int64_t turns, float *out, int64_t ldo) {
   vf sum[PANELS][TILE];
+  const int pair = by_row ? 2 : 2 * TILE, operand = by_row ? SPLIT : 2;
   (void)ldx, (void)turn, (void)turns; /* there is one */
 #pragma GCC unroll 16
   for (int t = 0; t < T; t++)
@@ -84,7 +85,8 @@ static inline __attribute__((always_inline)) void dots(const void *const *w, con
 #pragma GCC unroll 16
     for (int t = 0; t < T; t++)
 #pragma GCC unroll 4
-      for (int p = 0; p < P; p++) sum[p][t] = dot_pairs(sum[p][t], panel[p], x + k * 2 * TILE + 2 * t);
+      for (int p = 0; p < P; p++)
+        sum[p][t] = dot_pairs(sum[p][t], panel[p], x + k * pair + t * operand);
   }
 #pragma GCC unroll 16
   for (int t = 0; t < T; t++)
@@ -119,10 +121,11 @@ static inline wf values_at(const char *w, const int bytes, const int odd) {
 
 static inline __attribute__((always_inline)) void dots(const void *const *w, const int bytes,
                                                        const operand_t *x, int64_t ldx, int64_t n,
-                                                       const int P, const int T,
+                                                       const int P, const int T, const int by_row,
                                                        const void *const *next, int64_t turn,
                                                        int64_t turns, float *out, int64_t ldo) {
   wf sum[PANELS * PARTS][MOST];
+  (void)by_row; /* they always are */
 #pragma GCC unroll 16
   for (int t = 0; t < T; t++)
 #pragma GCC unroll 16
@@ -157,16 +160,17 @@ static inline __attribute__((always_inline)) void dots(const void *const *w, con
 
 /* As dots, for any count of panels and up to 16 operands: as many panels at once as the registers can
    hold sums of; where they cannot hold those of one, some operands after the others, which take turns
-   at fetching. One function for each size of weights. */
+   at fetching. One function for each size of weights; and one whose operands lie one after the other,
+   of SPLIT values each. */
 #define SOME(T, P)                                                                                  \
   if (FITS(P, T))                                                                                   \
     for (; p + P <= count; p += P)                                                                  \
-      dots(w + p, bytes, x, ldx, n, P, T, next + p, turn, turns, out + p * TILE, ldo);
+      dots(w + p, bytes, x, ldx, n, P, T, by_row, next + p, turn, turns, out + p * TILE, ldo);
 #define CASE(T) case T: SOME(T, 4) SOME(T, 2) SOME(T, 1) break;
-#define PRODUCTS(name, bytes_)                                                                      \
+#define PRODUCTS(name, bytes_, by_row_)                                                                 \
   static void name(const void *const *w, int64_t count, const operand_t *x, int64_t ldx, int64_t n, \
                    int T, const void *const *next, float *out, int64_t ldo) {                       \
-    const int bytes = bytes_, turns = (T + MOST - 1) / MOST;                                        \
+    const int bytes = bytes_, by_row = by_row_, turns = (T + MOST - 1) / MOST;                      \
     for (int turn = 0; turn < turns; turn++) {                                                      \
       const int some = (T - turn - 1) / turns + 1; /* turns differ by one at most */                \
       int64_t p = 0;                                                                                \
@@ -183,8 +187,9 @@ static inline __attribute__((always_inline)) void dots(const void *const *w, con
 #else
 #define OTHERS
 #endif
-PRODUCTS(panels, 2)
-PRODUCTS(panels_of_bytes, 1)
+PRODUCTS(panels, 2, 0)
+PRODUCTS(panels_of_bytes, 1, 0)
+PRODUCTS(panels_by_row, 2, 1)
 #undef SOME
 #undef CASE
 #undef OTHERS

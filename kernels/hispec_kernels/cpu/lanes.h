@@ -42,6 +42,7 @@ static inline vf splat(float x) { return x - (vf){0}; }
 #define PARTS (LANES / WIDE)
 typedef float wf __attribute__((vector_size(4 * WIDE)));
 typedef uint32_t wu __attribute__((vector_size(4 * WIDE)));
+typedef int32_t wi __attribute__((vector_size(4 * WIDE)));
 typedef uint16_t wh __attribute__((vector_size(2 * WIDE)));
 
 /* a b + c, rounded once wherever the processor can: left to itself a compiler may round the product too
@@ -83,28 +84,68 @@ static inline void put_sums(float *y, const float *sums, const float *bias, int6
   for (; r < rows; r++) y[r] = (add ? y[r] : 0.0f) + (sums[r] + (bias ? bias[r] : 0.0f));
 }
 
-static inline vf larger(vf a, vf b) {
-  const vi first = a > b;
-  return (vf)(((vi)a & first) | ((vi)b & ~first));
+/* As bf16, rounded to nearest even. */
+static inline wh halves_of(wf x) {
+#if defined(__AVX512BF16__) && defined(__AVX512F__)
+  return (wh)_mm512_cvtneps_pbh((__m512)x);
+#else
+  const wu bits = (wu)x;
+  return __builtin_convertvector((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16, wh);
+#endif
+}
+
+/* What compares lanes is written for vectors as wide as registers: of wider ones the compiler compares
+   lane by lane. */
+static inline wf larger_of(wf a, wf b) {
+  const wi first = a > b;
+  return (wf)(((wi)a & first) | ((wi)b & ~first));
 }
 
 /* exp for arguments <= 0 (to 2 ulp; below -87 it is 0): Cephes' polynomial. */
-static inline vf exp_nonpositive(vf x) {
-  const vi dead = x < -87.0f;
-  x = (vf)((vi)x & ~dead);
-  const vf shifted = x * 1.44269504f + 12582912.0f; /* rounds to an integer in the low bits */
-  const vf n = shifted - 12582912.0f;
-  vf r = x - n * 0.693359375f;
+static inline wf exp_of(wf x) {
+#if defined(__AVX512F__)
+  x = (wf)_mm512_max_ps((__m512)(-128.0f - (wf){0}), (__m512)x); /* what is no number stays */
+  const wf n = (wf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 8 /* to nearest, silently */);
+#else
+  const wi dead = x < -87.0f;
+  x = (wf)((wi)x & ~dead);
+  const wf shifted = x * 1.44269504f + 12582912.0f; /* rounds to an integer in the low bits */
+  const wf n = shifted - 12582912.0f;
+#endif
+  wf r = x - n * 0.693359375f;
   r = r - n * -2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
+  wf p = 1.9875691500e-4f - (wf){0};
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
-  const vi bits = (vi)p + (((vi)shifted) << 23);
-  return (vf)(bits & ~dead);
+#if defined(__AVX512F__)
+  return (wf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  const wi bits = (wi)p + (((wi)shifted) << 23);
+  return (wf)(bits & ~dead);
+#endif
+}
+
+static inline vf larger(vf a, vf b) {
+  wf of_a[PARTS], of_b[PARTS];
+  memcpy(of_a, &a, sizeof a);
+  memcpy(of_b, &b, sizeof b);
+#pragma GCC unroll 4
+  for (int i = 0; i < PARTS; i++) of_a[i] = larger_of(of_a[i], of_b[i]);
+  memcpy(&a, of_a, sizeof a);
+  return a;
+}
+
+static inline vf exp_nonpositive(vf x) {
+  wf parts[PARTS];
+  memcpy(parts, &x, sizeof x);
+#pragma GCC unroll 4
+  for (int i = 0; i < PARTS; i++) parts[i] = exp_of(parts[i]);
+  memcpy(&x, parts, sizeof x);
+  return x;
 }
 
 /* picks.c's */

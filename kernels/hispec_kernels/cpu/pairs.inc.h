@@ -124,6 +124,37 @@ static void NAME(gather)(const STORE_T *values, const nodes_t *nodes, int64_t sl
       gathered[VALUE_AT(at - base, d, dim)] = values[VALUE_AT(root + path[at - root], d, dim)];
 }
 
+/* A query's scores of a block become its weights, relative to the highest score so far: an operand by
+   itself. What was summed up before is to be multiplied with what is returned. */
+static float NAME(weigh)(float *score, int64_t count, float *most, float *total, operand_t *weights) {
+  wf highest = *most - (wf){0}, sums[PARTS];
+  for (int64_t i = 0; i < count; i += WIDE) highest = larger_of(highest, *(wf *)(score + i));
+  float top = *most, lanes[WIDE];
+  memcpy(lanes, &highest, sizeof lanes);
+  for (int i = 0; i < WIDE; i++) top = lanes[i] > top ? lanes[i] : top;
+  const float keep = *most == -INFINITY ? 0.0f : exp_of(*most - top - (wf){0})[0];
+  *most = top;
+  for (int i = 0; i < PARTS; i++) sums[i] = (wf){0};
+  for (int64_t i = 0; i < count; i += LANES)
+#pragma GCC unroll 4
+    for (int part = 0; part < PARTS; part++) {
+      const int64_t at = i + part * WIDE;
+      const wf e = exp_of(*(wf *)(score + at) - top);
+      sums[part] += e;
+#if HAS_DOTS
+      const wh words = halves_of(e);
+#else
+      const wu bits = (wu)e;
+      const wf words = (wf)((bits + 0x7fffu + ((bits >> 16) & 1)) & 0xffff0000u);
+#endif
+      memcpy(weights + at, &words, sizeof words);
+    }
+  vf sum;
+  memcpy(&sum, sums, sizeof sum);
+  *total = *total * keep + lanes_sum(sum);
+  return keep;
+}
+
 /* Attention of one KV head's query heads for `rows` new rows of one text from `slot` on (TILE / G of
    them at most), each over the positions up to its own. Written to the operand mixed, of n values, as
    its vectors t, t + 1, ...
@@ -136,7 +167,7 @@ static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, co
                              const nodes_t *nodes, int64_t rows, int64_t group, int64_t dim,
                              float scale, int64_t head, NAME(operand) * mixed, int64_t n, int64_t t) {
   operand_t q[MAX_HEAD * TILE] __attribute__((aligned(64))); /* an operand: D_h values a query */
-  operand_t p[SPLIT * TILE] __attribute__((aligned(64)));    /* an operand: SPLIT values a query */
+  operand_t p[TILE * SPLIT] __attribute__((aligned(64)));    /* SPLIT weights a query */
   float score[TILE][SPLIT] __attribute__((aligned(64)));
   float by_slot[TILE][2 * MAX_NODES] __attribute__((aligned(64))); /* scores from `tail` on */
   float part[TILE][MAX_HEAD] __attribute__((aligned(64)));
@@ -177,6 +208,7 @@ static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, co
   }
   for (int64_t base = 0; base <= last; base += SPLIT) {
     const int64_t count = last + 1 - base < SPLIT ? last + 1 - base : SPLIT;
+    const int64_t some = (count + LANES - 1) / LANES * LANES; /* more would be weighed with 0 */
     int64_t whole = 0; /* panels before the tail */
     for (; whole * TILE < count && base + whole * TILE < tail; whole++) {
       panel[whole] = keys + (base + whole * TILE) * dim;
@@ -192,20 +224,8 @@ static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, co
         for (; i < end; i++) score[c][i] = by_slot[c][base + i - tail];
         for (; i < seen; i++) score[c][i] = by_slot[c][root + path[base + i - root] - tail];
       }
-      for (int64_t i = seen > 0 ? seen : 0; i < SPLIT; i++) score[c][i] = -INFINITY;
-      vf *row = (vf *)score[c], highest = row[0];
-      for (int i = 1; i < SPLIT / LANES; i++) highest = larger(highest, row[i]);
-      float top = most[c];
-      for (int i = 0; i < LANES; i++) top = highest[i] > top ? highest[i] : top;
-      keep[c] = most[c] == -INFINITY ? 0.0f : exp_nonpositive(splat(most[c] - top))[0];
-      most[c] = top;
-      vf total = splat(0.0f);
-      for (int i = 0; i < SPLIT / LANES; i++) {
-        const vf e = exp_nonpositive(row[i] - top);
-        total += e;
-        NAME(put_lanes)(p, SPLIT, c, i * LANES, e);
-      }
-      weight[c] = weight[c] * keep[c] + lanes_sum(total);
+      for (int64_t i = seen > 0 ? seen : 0; i < some; i++) score[c][i] = -INFINITY;
+      keep[c] = NAME(weigh)(score[c], some, most + c, weight + c, p + c * SPLIT);
     }
     const int64_t length = (count + 1) / 2 * 2;
     if (!nodes || base + count <= nodes->root) {
@@ -213,14 +233,14 @@ static void NAME(attend_any)(const float *qkv, int64_t ldq, const float *cos, co
         panel[d / TILE] = values + base * dim + d * SPLIT;
         next[d / TILE] = keys + (base + SPLIT) * dim + d * SPLIT;
       }
-      panels(panel, dim / TILE, p, SPLIT, length, queries, next, part[0], MAX_HEAD);
+      panels_by_row(panel, dim / TILE, p, SPLIT, length, queries, next, part[0], MAX_HEAD);
     } else {
       for (int64_t d = 0; d < dim; d += TILE) panel[d / TILE] = gathered + d * SPLIT;
       for (int64_t r = 0; r < rows; r++) {
         if (r == 0 || branch[r] != branch[r - 1])
           NAME(gather)(values, nodes, slot + branch[r], base, count, dim, gathered);
-        panels(panel, dim / TILE, OPERAND_AT(p, r * group, SPLIT), SPLIT, length, (int)group, panel,
-               part[r * group], MAX_HEAD);
+        panels_by_row(panel, dim / TILE, p + r * group * SPLIT, SPLIT, length, (int)group, panel,
+                      part[r * group], MAX_HEAD);
       }
     }
     for (int c = 0; c < queries; c++)
