@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -18,6 +20,8 @@ from hispec.model.level import check_vocabulary
 from hispec.model.linear import Layout
 from hispec.model.native import native_library
 from hispec.model.ready import ready
+from hispec.model.store import cache_dir
+from hispec_kernels import cpu
 
 
 def load(
@@ -84,9 +88,17 @@ def load(
 
 
 def _compile_meanwhile() -> None:
-    """Has the passes compiled, which takes seconds once, while a model is fetched or converted."""
-    what = None, torch.float32, torch.device("cpu")
-    threading.Thread(target=native_library, args=what, daemon=True).start()
+    """Has the passes compiled, which takes seconds once, while a model is fetched or converted.
+
+    Compiled, no more: whether they are used is decided, and a failure told, where they are needed.
+    """
+
+    def build() -> None:
+        with suppress(Exception):
+            cpu.load_library(cache_dir() / "native")
+
+    if os.environ.get("HISPEC_NATIVE", "1") != "0":
+        threading.Thread(target=build, daemon=True).start()
 
 
 def choose_for(config: ModelConfig | None, device: str = "auto", dtype: str = "auto") -> Choice:

@@ -14,19 +14,18 @@ import torch
 
 from hispec.bench.gpu_library import decoding_on, fast_passes
 from hispec.bench.gpu_timing import Spans
-from hispec.drafter import SHOWN
 from hispec.model.block import Block
 from hispec.model.config import ModelConfig
 from hispec.model.gpu import GpuPasses, gpu_passes
 from hispec.model.linear import Linear
 from hispec.model.llama import Llama, weight_bytes
 from hispec.model.nodes import MAX_WIDTH
-from hispec.model.passes import Asked, Passes
+from hispec.model.passes import Passes
 from hispec.planner.acceptance import Acceptance
 from hispec.planner.cost_table import TARGET, CostTable, filled
 from hispec.planner.shortest_path import Chain, shortest
 from hispec.planner.simulator import forecast
-from hispec.planner.timing import run_rows
+from hispec.planner.timing import plain_pass
 
 #: name → V, D, I, L, H, H_kv, D_h, tied, distinct layers
 SHAPES = {
@@ -137,12 +136,7 @@ class Steps:
 
     def _step(self) -> None:
         """What the engine asks of a model for a token of plain decoding."""
-        model, layers = self.model, self.model.config.num_layers
-        states = run_rows(model, self._cache, layers, self.context, 1)
-        asked = Asked(SHOWN, 1.0, None, [self.context + 1], odds=False)
-        best = model.narrow.best(model.head, states, model.norm, asked, None)
-        found = model.logits(states).argmax(-1) if best is None else best[0]
-        found.tolist()  # sync: the host walks
+        plain_pass(self.model, self.context, self._cache)
 
     def _now(self) -> float:
         if self.model.device.type == "cuda":

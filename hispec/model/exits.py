@@ -23,8 +23,8 @@ So much of what a layer would find out is known already that e may be 0: u is th
 and a draft costs the head alone (what EAGLE, arXiv 2401.15077, is to its target).
 
 Heads only draft: nothing they compute reaches the output. So their weights may be less exact than
-the model's (``draft_layout``), and the compiled library runs a whole head in one call
-(:mod:`hispec.model.compiled_head`).
+the model's (``draft_layout``). The compiled library runs a whole head in one call
+(:mod:`hispec.model.compiled_head`), a GPU with its layers in one graph (``graphed_head``).
 """
 
 from __future__ import annotations

@@ -137,6 +137,7 @@ class GpuPasses(Embedding, Parts):
         states = torch.zeros(2, config.hidden_size, device=self._device)
         self.lift(Lift([block], states, [(1, states)], 0, 1, kv, 0))
         self.lift(Lift([block], Words(block.qkv, [0]), [(0, states)], 0, 1, kv, 0))
+        self._probe_heads(kv, states)
         self.move(kv, [2], [1])
         norm = block.attention_norm
         self.project(head, states, norm)
@@ -144,6 +145,18 @@ class GpuPasses(Embedding, Parts):
             self.best(head, states, norm, Asked(1, 1.0, seed, [0, 0]), None)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+    def _probe_heads(self, kv: KVCache, states: Tensor) -> None:
+        """What trained heads need besides."""
+        from hispec_kernels.gpu.rows import add_features, load_rows
+
+        message, rows = self.message(), self.tiles(1)
+        plan = message.plan(0, 1)
+        message.send()
+        load_rows(states, plan, self._h[:rows], rows=1)
+        add_features(self._x[:rows], states, plan, rows=1)
+        size = 2 * self._config.num_kv_heads * self._config.head_dim
+        self.write(torch.zeros(rows, size, device=self._device), plan, kv, 1)
 
     @property
     def captured(self) -> int:

@@ -141,6 +141,7 @@ class Parts:
             nodes: the round's tree.
             words: their tokens.
         """
+        assert width <= MAX_WIDTH, "a narrow pass takes MAX_WIDTH rows"
         plan = message.plan(position, width, nodes, words)
         tree = nodes is not None and not nodes.straight(position + width - nodes.root)
         needed = -(-(position + width) // 128) if kv else 0
@@ -178,9 +179,9 @@ class Parts:
         """Returns the running of blocks, over what the states' buffer holds, as a part of a graph.
 
         Args:
-            blocks: see :meth:`run`.
-            kv: likewise.
-            first: likewise.
+            blocks: consecutive ones.
+            kv: knows their keys and values of all earlier slots.
+            first: the first block's layer in ``kv``.
             span: the rows.
         """
         return Step(
@@ -194,9 +195,9 @@ class Parts:
         """Starts the kernels of a pass over what the buffers hold.
 
         Args:
-            blocks: see :meth:`run`.
-            kv: likewise.
-            first: likewise.
+            blocks: consecutive ones.
+            kv: knows their keys and values of all earlier slots.
+            first: the first block's layer in ``kv``.
             span: the rows.
             whole: whether to start as many programs as its whole bucket needs.
         """
@@ -300,10 +301,10 @@ class Parts:
         Args:
             message: to the graph.
             span: the rows.
-            linear: see :meth:`best`.
-            norm: likewise.
-            asked: likewise, about all rows but those that are skipped.
-            ids: likewise.
+            linear: the vocabulary head.
+            norm: (D,), before it.
+            asked: what of it, about all rows but those that are skipped.
+            ids: (V_r,) the columns' ids, or None where they are the columns.
             skipped: rows in front.
 
         Returns:
@@ -311,13 +312,10 @@ class Parts:
         """
         k, seed = asked.k, asked.seed
         sampling, warmth = message.ranking(asked, skipped)
-        room = self._best.setdefault(
-            k,
-            (
-                torch.zeros(MAX_WIDTH, k, dtype=torch.int64, device=self._device),
-                torch.zeros(MAX_WIDTH, k, device=self._device),
-            ),
-        )
+        if k not in self._best:
+            ids_of = torch.zeros(MAX_WIDTH, k, dtype=torch.int64, device=self._device)
+            self._best[k] = ids_of, torch.zeros(MAX_WIDTH, k, device=self._device)
+        room = self._best[k]
         noise = None if seed is None else sampling[: 1 + span.rows]
 
         def work(whole: bool) -> None:

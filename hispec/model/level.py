@@ -21,7 +21,7 @@ from hispec.errors import UsageError
 from hispec.model.cache import Cache
 from hispec.model.checkpoint import Checkpoint, open_checkpoint
 from hispec.model.exits import ExitHead, SharedHead, TrainedHead
-from hispec.model.llama import Llama, forgetting
+from hispec.model.llama import Llama, raised
 from hispec.model.nodes import MAX_WIDTH, Nodes
 from hispec.model.passes import Asked, Found, Lift, Token
 from hispec.model.ready import ready
@@ -109,7 +109,7 @@ class Exit:
     ) -> tuple[Found, int]:
         """See :class:`Level`. The visits are those of the layers no level below has run."""
         lifts, visits = self.model.lifts(self.cache, tokens, end, self.boundary, nodes=nodes)
-        return _found(self.model, self.head, self.cache, first, nodes, asked, lifts), visits
+        return _found(self.model, self.head, self.cache, first, end, nodes, asked, lifts), visits
 
     def keep(self, root: int, kept: Sequence[int]) -> None:
         """See :class:`Level`."""
@@ -183,7 +183,7 @@ class Separate:
             upto = cache.length + MAX_WIDTH
             visits += model.advance(cache, tokens, upto, self.boundary, nodes=nodes)
         lifts, more = model.lifts(cache, tokens, end, self.boundary, nodes=nodes)
-        return _found(model, self.head, cache, first, nodes, asked, lifts), visits + more
+        return _found(model, self.head, cache, first, end, nodes, asked, lifts), visits + more
 
     def keep(self, root: int, kept: Sequence[int]) -> None:
         """See :class:`Level`."""
@@ -202,11 +202,12 @@ def _found(
     head: ExitHead,
     cache: Cache,
     first: int,
+    end: int,
     nodes: Nodes,
     asked: Asked | None,
     lifts: Sequence[Lift],
 ) -> Found:
-    with forgetting(cache, lifts):
+    with raised(cache, head.exit_layer, end, lifts):
         if asked:
             return head.best(cache, first, nodes, asked, lifts)
         model.run(lifts)

@@ -216,7 +216,7 @@ class Llama:
             wide: a prefill's pass.
         """
         lifts, visits = self.lifts(cache, tokens, upto, boundary, nodes=nodes)
-        with forgetting(cache, lifts):
+        with raised(cache, boundary, upto, lifts):
             self.run(lifts, wide=wide)
         return visits
 
@@ -229,9 +229,7 @@ class Llama:
         *,
         nodes: Nodes | None = None,
     ) -> tuple[list[Lift], int]:
-        """Raises watermarks as :meth:`advance` does; returns what is still to be run for it.
-
-        Who runs it does so :func:`forgetting` what it fails to find out.
+        """Returns what :meth:`advance` runs, to be run with the watermarks :func:`raised`.
 
         Args:
             cache: as there.
@@ -258,7 +256,6 @@ class Llama:
                 lifts.append(Lift(blocks, source, targets, start, width, cache.kv, below, nodes))
                 visits += width * (stops[-1] - below)
             below, source = stops[-1], cache.states[stops[-1]]
-        cache.computed.update((level, upto) for level in levels if cache.computed[level] < upto)
         return lifts, visits
 
     def prefill(self, cache: Cache, tokens: Sequence[Token]) -> int:
@@ -339,9 +336,18 @@ class Llama:
 
 
 @contextmanager
-def forgetting(cache: Cache, lifts: Sequence[Lift]) -> Iterator[None]:
-    """Inside, ``lifts`` are run, which the watermarks take for done; they sink if that fails."""
+def raised(cache: Cache, boundary: int, upto: int, lifts: Sequence[Lift]) -> Iterator[None]:
+    """Inside, ``lifts`` are run, which the watermarks take for done; they sink if that fails.
+
+    Args:
+        cache: whose watermarks rise.
+        boundary: up to this one.
+        upto: to this slot, exclusive.
+        lifts: what :meth:`Llama.lifts` has planned for that.
+    """
     try:
+        for level in cache.boundaries[: cache.boundaries.index(boundary) + 1]:
+            cache.computed[level] = max(cache.computed[level], upto)
         yield
     except BaseException:
         if lifts:

@@ -41,7 +41,7 @@ def taps_of(
     """Returns where states go before each block; behind the last one they are worked on in place.
 
     Args:
-        targets: see ``Passes.lift``.
+        targets: see :class:`~hispec.model.passes.Lift`.
         offset: bytes to the first row.
     """
     if len(targets) == 1:

@@ -12,7 +12,6 @@ correct prices ever after (:mod:`hispec.planner.prices`); a plan measures anew, 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import NamedTuple
@@ -65,17 +64,16 @@ def pass_costs(model: Llama, *, glance: bool = False, anew: bool = False) -> lis
 
     Args:
         model: the target.
-        glance: take no longer than a text may wait.
+        glance: time no more than a text may wait for, and the rest at later starts.
         anew: measure now, whatever is remembered.
 
     Returns:
         ``MAX_WIDTH + 1`` numbers that never fall; ``costs[w]`` is a pass of w rows through all
         layers and the vocabulary head. ``costs[0]`` is 0.
     """
-    if anew:
-        keep_price_slope(model, 1.0)  # what corrected an older table
 
     def passes() -> Passes:
+        keep_price_slope(model, 1.0)  # what corrected an older table
         context = fitting(model, CONTEXT)
         cache = model.new_cache([model.config.num_layers], context + MAX_WIDTH)
         # Each pass drives what the one before has left out of the caches.
@@ -91,7 +89,7 @@ def context_growth(model: Llama, *, glance: bool = False, anew: bool = False) ->
 
     Args:
         model: the target.
-        glance: take no longer than a text may wait.
+        glance: time no more than a text may wait for, and the rest at later starts.
         anew: measure now, whatever is remembered.
     """
     near, far = fitting(model, CONTEXT), fitting(model, FAR)
@@ -109,7 +107,7 @@ def context_growth(model: Llama, *, glance: bool = False, anew: bool = False) ->
         )
         return near_plain, dict(enumerate(others))
 
-    detail = f"{FAR}|{SEVERAL}"
+    detail = f"{near}|{far}|{SEVERAL}"
     found = _beside_plain("contexts", model, detail, passes, glance=glance, anew=anew)
     several, far_one, far_several = found.values()
     reach = far - near
@@ -144,21 +142,28 @@ def level_cost(
         exit_layer: e.
         label: what tells these heads from others at the same layer; without one nothing is
             remembered.
-        glance: take no longer than a text may wait.
+        glance: time no more than a text may wait for, and the rest at later starts.
         anew: measure now, whatever is remembered.
     """
     context = fitting(model, CONTEXT)
 
+    timed = False
+
     def passes() -> Passes:
+        nonlocal timed
+        timed = True
         cache = model.new_cache([exit_layer, model.config.num_layers], context + MAX_WIDTH)
         plain = partial(plain_pass, model, context, cache)
         knowing = partial(exit_pass, model, head, cache, context)
         return plain, {0: partial(knowing, context - CAUGHT_UP), 1: partial(knowing, 0)}
 
-    detail = f"{label}|{exit_layer}" if label else ""
-    found = _beside_plain("levels", model, detail, passes, glance=glance, anew=anew)
+    detail = f"{label}|{exit_layer}|{context}" if label else ""
+    try:
+        found = _beside_plain("levels", model, detail, passes, glance=glance, anew=anew)
+    finally:
+        if timed:
+            head.truncate(0)
     each, whole = found.values()
-    head.truncate(0)
     reading = 0.0 if slots_read(head) is None else max(whole - each, 0.0)
     return LevelCost(each, reading / context)
 
@@ -171,7 +176,7 @@ def model_cost(
     Args:
         model: the target.
         other: the separate model.
-        glance: take no longer than a text may wait.
+        glance: time no more than a text may wait for, and the rest at later starts.
         anew: measure now, whatever is remembered.
     """
     context = min(fitting(model, CONTEXT), fitting(other, CONTEXT))
@@ -210,18 +215,17 @@ def _beside_plain(
         model: likewise.
         detail: likewise; where it is empty nothing is remembered.
         passes: makes what is timed.
-        glance: take ``GLANCE_S`` at most now, and leave the rest to later calls.
+        glance: begin no round after ``GLANCE_S``, and leave the rest to later calls.
         anew: forget what is remembered.
     """
     detail = detail and f"{detail}|glances"
     known: dict[str, list[float]] = {}
     if detail and not anew:
         known = remembered(kind, model, dict, detail)
-    spent = sum(known.pop("seconds", []))
+    enough = bool(known.pop("enough", []))  # patience has been at an end once
     rounds = max(map(len, known.values()), default=0)
-    if rounds < REPEATS and spent < PATIENCE_S:
-        patience = min(PATIENCE_S - spent, GLANCE_S if glance else PATIENCE_S)
-        began = time.perf_counter()
+    if rounds < REPEATS and not enough:
+        patience = GLANCE_S if glance else PATIENCE_S
         with torch.inference_mode():
             plain, tasks = passes()
             more = beside(
@@ -233,7 +237,7 @@ def _beside_plain(
                 untimed=untimed(model),
             )
         known = {str(task): known.get(str(task), []) + row for task, row in more.items()}
-        record = {**known, "seconds": [spent + time.perf_counter() - began]}
+        record = {**known, "enough": [] if glance else [1.0]}
         if detail:
             remembered(kind, model, lambda: record, detail, anew=True)
     return {int(task): statistics.median(row) for task, row in known.items()}

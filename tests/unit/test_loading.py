@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers.builds import skip_or_fail
 
 from hispec import loading
@@ -21,18 +20,17 @@ from hispec_kernels import cpu
 def test_passes_are_compiled_while_a_model_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     begun, found = threading.Event(), threading.Event()
 
-    def native_library(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
-        assert (config, device.type) == (None, "cpu")
+    def load_library(folder: Path) -> Any:
         begun.set()
         assert found.wait(20), "loading does not wait for it"
-        return None, "never mind"
+        raise OSError("told where the passes are needed, not here")
 
     def open_checkpoint(model: str) -> Any:
         assert begun.wait(20)
         found.set()
         raise CheckpointError("nowhere.")
 
-    monkeypatch.setattr(loading, "native_library", native_library)
+    monkeypatch.setattr(cpu, "load_library", load_library)
     monkeypatch.setattr(loading, "open_checkpoint", open_checkpoint)
     with pytest.raises(CheckpointError, match="nowhere"):
         loading.load("no model", device="cpu")

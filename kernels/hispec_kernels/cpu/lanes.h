@@ -101,7 +101,7 @@ static inline wf larger_of(wf a, wf b) {
   return (wf)(((wi)a & first) | ((wi)b & ~first));
 }
 
-/* exp for arguments <= 0 (to 2 ulp; below -87 it is 0): Cephes' polynomial. */
+/* exp for arguments <= 0, to 2 ulp, by Cephes' polynomial; 0 below -87, or where AVX512 scales, -104. */
 static inline wf exp_of(wf x) {
 #if defined(__AVX512F__)
   x = (wf)_mm512_max_ps((__m512)(-128.0f - (wf){0}), (__m512)x); /* what is no number stays */
