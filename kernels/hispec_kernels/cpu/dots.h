@@ -158,41 +158,79 @@ static inline __attribute__((always_inline)) void dots(const void *const *w, con
 }
 #endif
 
-/* As dots, for any count of panels and up to 16 operands: as many panels at once as the registers can
-   hold sums of; where they cannot hold those of one, some operands after the others, which take turns
-   at fetching. One function for each size of weights; and one whose operands lie one after the other,
-   of SPLIT values each. */
-#define SOME(T, P)                                                                                  \
+/* dots by itself: inside of anything else the compiler keeps what it needs in memory. */
+#define LEAF(name, T, P, bytes, by_row)                                                             \
+  static __attribute__((noinline)) void name##_##T##_##P(                                           \
+      const void *const *w, const operand_t *x, int64_t ldx, int64_t n, const void *const *next,    \
+      float *out, int64_t ldo) {                                                                    \
+    dots(w, bytes, x, ldx, n, P, T, by_row, next, 0, 1, out, ldo);                                  \
+  }                                                                                                 \
+  static __attribute__((noinline)) void name##_##T##_##P##_in_turn(                                 \
+      const void *const *w, const operand_t *x, int64_t ldx, int64_t n, const void *const *next,    \
+      int64_t turn, int64_t turns, float *out, int64_t ldo) {                                       \
+    dots(w, bytes, x, ldx, n, P, T, by_row, next, turn, turns, out, ldo);                           \
+  }
+/* As dots, for any count of panels: as many at once as the registers can hold sums of. */
+#define SOME(name, T, P)                                                                            \
   if (FITS(P, T))                                                                                   \
-    for (; p + P <= count; p += P)                                                                  \
-      dots(w + p, bytes, x, ldx, n, P, T, by_row, next + p, turn, turns, out + p * TILE, ldo);
-#define CASE(T) case T: SOME(T, 4) SOME(T, 2) SOME(T, 1) break;
-#define PRODUCTS(name, bytes_, by_row_)                                                                 \
+    for (; p + P <= count; p += P) {                                                                \
+      if (turns == 1)                                                                               \
+        name##_##T##_##P(w + p, x, ldx, n, next + p, out + p * TILE, ldo);                          \
+      else                                                                                          \
+        name##_##T##_##P##_in_turn(w + p, x, ldx, n, next + p, turn, turns, out + p * TILE, ldo);   \
+    }
+#define OPERANDS(name, T, ...)                                                                      \
+  LEAF(name, T, 4, __VA_ARGS__) LEAF(name, T, 2, __VA_ARGS__) LEAF(name, T, 1, __VA_ARGS__)         \
+  static inline void name##_##T(const void *const *w, int64_t count, const operand_t *x,            \
+                                int64_t ldx, int64_t n, const void *const *next, int64_t turn,      \
+                                int64_t turns, float *out, int64_t ldo) {                           \
+    int64_t p = 0;                                                                                  \
+    SOME(name, T, 4) SOME(name, T, 2) SOME(name, T, 1)                                              \
+  }
+/* And for up to 16 operands: where the registers cannot hold the sums of one panel, some operands after
+   the others, which take turns at fetching. One function for each size of weights; and one whose
+   operands lie one after the other, of SPLIT values each. */
+#define CASE(name, T)                                                                               \
+  case T: name##_##T(w, count, x, ldx, n, next, turn, turns, out, ldo); break;
+#define PRODUCTS(name, ...)                                                                         \
+  OPERANDS(name, 1, __VA_ARGS__) OPERANDS(name, 2, __VA_ARGS__) OPERANDS(name, 3, __VA_ARGS__)      \
+  OPERANDS(name, 4, __VA_ARGS__) OPERANDS(name, 5, __VA_ARGS__) OPERANDS(name, 6, __VA_ARGS__)      \
+  MORE_OPERANDS(name, __VA_ARGS__)                                                                  \
   static void name(const void *const *w, int64_t count, const operand_t *x, int64_t ldx, int64_t n, \
                    int T, const void *const *next, float *out, int64_t ldo) {                       \
-    const int bytes = bytes_, by_row = by_row_, turns = (T + MOST - 1) / MOST;                      \
+    const int turns = T <= MOST ? 1 : (T + MOST - 2) / (MOST - 1); /* a turn takes registers, too */ \
     for (int turn = 0; turn < turns; turn++) {                                                      \
       const int some = (T - turn - 1) / turns + 1; /* turns differ by one at most */                \
-      int64_t p = 0;                                                                                \
       switch (some) {                                                                               \
-        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) OTHERS                                      \
+        CASE(name, 1) CASE(name, 2) CASE(name, 3) CASE(name, 4) CASE(name, 5) CASE(name, 6)         \
+        MORE_CASES(name)                                                                            \
       }                                                                                             \
       x = OPERAND_AT(x, some, ldx);                                                                 \
       out += some * ldo;                                                                            \
     }                                                                                               \
   }
 #if MOST > 6
-#define OTHERS \
-  CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12) CASE(13) CASE(14) CASE(15) CASE(16)
+#define MORE_OPERANDS(name, ...)                                                                    \
+  OPERANDS(name, 7, __VA_ARGS__) OPERANDS(name, 8, __VA_ARGS__) OPERANDS(name, 9, __VA_ARGS__)      \
+  OPERANDS(name, 10, __VA_ARGS__) OPERANDS(name, 11, __VA_ARGS__) OPERANDS(name, 12, __VA_ARGS__)   \
+  OPERANDS(name, 13, __VA_ARGS__) OPERANDS(name, 14, __VA_ARGS__) OPERANDS(name, 15, __VA_ARGS__)   \
+  OPERANDS(name, 16, __VA_ARGS__)
+#define MORE_CASES(name)                                                                            \
+  CASE(name, 7) CASE(name, 8) CASE(name, 9) CASE(name, 10) CASE(name, 11) CASE(name, 12)            \
+  CASE(name, 13) CASE(name, 14) CASE(name, 15) CASE(name, 16)
 #else
-#define OTHERS
+#define MORE_OPERANDS(name, ...)
+#define MORE_CASES(name)
 #endif
 PRODUCTS(panels, 2, 0)
 PRODUCTS(panels_of_bytes, 1, 0)
 PRODUCTS(panels_by_row, 2, 1)
+#undef LEAF
 #undef SOME
+#undef OPERANDS
+#undef MORE_OPERANDS
 #undef CASE
-#undef OTHERS
+#undef MORE_CASES
 #undef PRODUCTS
 
 /* sums[t]: of the values of each operand, as a panel of ones. */
