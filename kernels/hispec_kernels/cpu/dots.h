@@ -158,17 +158,18 @@ static inline __attribute__((always_inline)) void dots(const void *const *w, con
 }
 #endif
 
-/* dots by itself: inside of anything else the compiler keeps what it needs in memory. */
+/* dots by itself, where it fits: inside of anything else the compiler keeps what it needs in memory. */
 #define LEAF(name, T, P, bytes, by_row)                                                             \
   static __attribute__((noinline)) void name##_##T##_##P(                                           \
       const void *const *w, const operand_t *x, int64_t ldx, int64_t n, const void *const *next,    \
       float *out, int64_t ldo) {                                                                    \
-    dots(w, bytes, x, ldx, n, P, T, by_row, next, 0, 1, out, ldo);                                  \
+    if (FITS(P, T)) dots(w, bytes, x, ldx, n, P, T, by_row, next, 0, 1, out, ldo);                  \
   }                                                                                                 \
   static __attribute__((noinline)) void name##_##T##_##P##_in_turn(                                 \
       const void *const *w, const operand_t *x, int64_t ldx, int64_t n, const void *const *next,    \
       int64_t turn, int64_t turns, float *out, int64_t ldo) {                                       \
-    dots(w, bytes, x, ldx, n, P, T, by_row, next, turn, turns, out, ldo);                           \
+    if (FITS(P, T) && MOST < TILE)                                                                  \
+      dots(w, bytes, x, ldx, n, P, T, by_row, next, turn, turns, out, ldo);                         \
   }
 /* As dots, for any count of panels: as many at once as the registers can hold sums of. */
 #define SOME(name, T, P)                                                                            \
