@@ -8,9 +8,9 @@ and s, by how much rows are dearer than the table says.
 
     seconds(w) = u · (1 + s · (table[w] − 1))
 
-How much dearer attention makes a row by a text's length (1,200 tokens made the second to fourth rows
-twice as dear on AVX2) is measured when a long text first comes, and the table is that of the text's
-prompt.
+How much dearer attention makes a row by a text's length (1,200 tokens made the second to fourth
+rows twice as dear on AVX2) is measured when a long text first comes, and the table is that of the
+text's prompt.
 
 An exit that remembers what came before reads the whole prompt in its first pass of a text. That
 costs by the token, is measured beforehand, and is told apart from what its other passes take.
