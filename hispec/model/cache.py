@@ -15,6 +15,7 @@ memory: on a CPU a page costs nothing before its first write.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 from collections.abc import Sequence
 
@@ -116,9 +117,20 @@ class Cache:
                 self.computed[boundary] = root + len(stay)
             first = next((new for new, node in enumerate(stay) if new != node), len(stay))
             if first < len(stay):
-                states = self.states[boundary]
-                sources = upload(np.array([root + x for x in stay[first:]]), states.device)
-                states[root + first : root + len(stay)] = states[sources]
+                self._move(self.states[boundary], root, stay, first)
+
+    def _move(self, states: Tensor, root: int, stay: Sequence[int], first: int) -> None:
+        """Moves the states of the nodes ``stay[first:]`` to the slots ``root + first`` and on."""
+        if states.device.type == "cpu":
+            # The weights have driven torch's own code from the caches: by addresses this takes a
+            # third. What ascends moves down, so nothing is overwritten before it has moved.
+            size = states.shape[1] * states.itemsize
+            start = states.data_ptr() + root * size
+            for new, node in enumerate(stay[first:], first):
+                ctypes.memmove(start + new * size, start + node * size, size)
+            return
+        sources = upload(np.array([root + node for node in stay[first:]]), states.device)
+        states[root + first : root + len(stay)] = states[sources]
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -12,6 +12,7 @@ import functools
 import os
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ def native_library(
 ) -> tuple[ctypes.CDLL | None, str]:
     """Returns the compiled library for such a model (any, if None), or None and why not."""
     if device.type != "cpu":
+        with suppress(cpu.BuildError):  # for the databases, which are the host's everywhere
+            _library()
         return None, "the compiled passes are for CPUs"
     if dtype not in (torch.bfloat16, torch.float32):
         return None, f"the compiled passes do not cover {dtype}"

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from hispec.sources import back_off
-from hispec.sources.growth import grow
 from hispec.sources.ngrams import LONGEST
 from hispec.sources.source import Candidate
 from hispec.sources.store import Store
@@ -46,7 +45,7 @@ class Corpus:
     def __init__(self, store: Store, vocab_size: int) -> None:
         self.store = store
         self.priors = back_off.priors(_PRIORS)
-        self._vocab_size = vocab_size
+        self._rows = back_off.BackOff([store.counts], vocab_size, self.priors, DEPTH)
         self._last: tuple[int, ...] = ()
 
     def begin(self, tokens: Sequence[int]) -> None:
@@ -61,14 +60,7 @@ class Corpus:
         """See :class:`Source`: the likeliest nodes by the counts after the longest known suffix."""
         if budget <= 0:
             return []
-        suffix = (*self._last, *path)[-LONGEST:]
-        return grow(self._successors, suffix, budget, self.priors, DEPTH)
-
-    def _successors(self, suffix: tuple[int, ...]) -> back_off.Found:
-        found = back_off.successors(suffix, self.store.counts.row)
-        if found[0] and max(found[0]) >= self._vocab_size:
-            return [], [], ()
-        return found
+        return self._rows.propose((*self._last, *path)[-LONGEST:], budget)
 
     def observe(
         self, tokens: Sequence[int], top: np.ndarray, before: Sequence[int] | None = None

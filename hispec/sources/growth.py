@@ -1,9 +1,16 @@
-"""Growing a small tree from "what follows this suffix", likeliest nodes first."""
+"""Growing a small tree from "what follows this suffix", likeliest nodes first.
+
+:func:`grow` says what is grown; where a compiler is at hand :class:`Grower` grows the same from
+counts and recycled logits, in one call (``hispec_kernels/cpu/growth.c``).
+"""
 
 from __future__ import annotations
 
+import ctypes
 import heapq
 from collections.abc import Callable, Sequence
+
+import numpy as np
 
 from hispec.sources.source import Candidate
 
@@ -41,7 +48,6 @@ def grow(
     chances: list[float] = []
     behind: list[tuple[int, ...]] = []  # the last ids up to a node, as far as they matter
     levels: list[int] = []
-    inner: set[int] = set()  # nodes with children
     rows: list[tuple[Sequence[int], Sequence[int], int, float, tuple[int, ...]]] = []
     heap: list[tuple[float, int, int]] = []  # -chance, row, rank in it; or -bound, node, −1
 
@@ -74,8 +80,12 @@ def grow(
         chances.append(-loss)
         behind.append((*known, ids[rank]))
         levels.append(level)
-        inner.add(parent)
+    return _paths(tokens, grades, parents)
 
+
+def _paths(tokens: Sequence[int], grades: Sequence[int], parents: Sequence[int]) -> list[Candidate]:
+    """Returns the paths to the leaves of a tree; −1 is the parent of those that have none."""
+    inner = set(parents)
     paths = []
     for leaf in range(len(tokens)):
         if leaf in inner:
@@ -89,3 +99,42 @@ def grow(
         paths.append(path)
     paths.sort()  # likelier nodes have lower numbers: the likeliest branch first, at every depth
     return [Candidate([tokens[i] for i in path], [grades[i] for i in path]) for path in paths]
+
+
+class Grower:
+    """Grows one source's trees with a function of the compiled library; see :func:`grow`.
+
+    Args:
+        function: ``grow_counts`` or ``grow_recycled``.
+        priors: the chance of each grade.
+        depth: no path is longer.
+    """
+
+    #: The largest tree, in nodes.
+    MOST = 32
+
+    def __init__(self, function: Callable[..., int], priors: Sequence[float], depth: int) -> None:
+        self._function = function
+        self._priors = np.array(priors, np.float64)
+        self._highest = max(priors)
+        self._depth = depth
+        self._nodes = np.empty((3, self.MOST), np.int64)  # tokens, grades, parents
+        self._addresses = self._priors.ctypes.data, self._nodes.ctypes.data
+
+    def grow(
+        self, tables: ctypes.Structure, suffix: tuple[int, ...], budget: int
+    ) -> list[Candidate]:
+        """Returns the paths of the tree of the ``budget`` likeliest nodes.
+
+        Args:
+            tables: what the function grows from.
+            suffix: the last ids of the text, as many as it takes at most.
+            budget: nodes, at most ``MOST``.
+        """
+        priors, nodes = self._addresses
+        ids = (ctypes.c_int64 * len(suffix))(*suffix)
+        count = self._function(
+            *(ctypes.byref(tables), ids, len(suffix), budget),
+            *(priors, self._highest, self._depth, nodes),
+        )
+        return _paths(*self._nodes[:, :count].tolist())

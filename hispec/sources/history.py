@@ -5,7 +5,7 @@ n-grams of its earlier outputs, of outputs only and never of prompts, are counte
 file per model that every process on the machine shares (:mod:`hispec.sources.history_file`).
 
 Lookups never touch the file. Its counts are held as arrays, 20 MB for a million n-grams, and the
-texts that it has not counted yet in a dictionary above them. Both are brought up to date when a
+texts that it has not counted yet in smaller ones beside them. All are brought up to date when a
 text ends.
 """
 
@@ -19,7 +19,6 @@ import numpy as np
 
 from hispec.sources import back_off
 from hispec.sources.fingerprint import DatabaseError
-from hispec.sources.growth import grow
 from hispec.sources.history_file import (
     PENDING,
     add_texts,
@@ -29,7 +28,7 @@ from hispec.sources.history_file import (
     reading,
     waiting,
 )
-from hispec.sources.ngrams import LONGEST, Counts, Records, count, keys_of
+from hispec.sources.ngrams import LONGEST, Counts, Records, count, merge
 from hispec.sources.source import Candidate
 from hispec.sources.store import Store
 
@@ -42,7 +41,31 @@ _PRIORS = (
     (0.01, 0.03, 0.05, 0.07, 0.12, 0.17, 0.32, 0.35, 0.42, 0.55, 0.67, 0.92),
     (0.01, 0.02, 0.06, 0.12, 0.14, 0.23, 0.37, 0.48, 0.53, 0.70, 0.81, 0.97),
 )
-_NOTHING: back_off.Row = ([], [], 0, 0)
+#: A table of recent texts is at least so many times as large as the next.
+_RATIO = 4
+
+
+class _Recent:
+    """Counts of texts that come one by one: a few tables, each much larger than the next.
+
+    What a text adds is merged into tables of about its size only, so that a record is sorted a few
+    times in all.
+
+    Attributes:
+        tables: together they count every text once.
+    """
+
+    def __init__(self) -> None:
+        self._records: list[Records] = []
+        self.tables: list[Counts] = []
+
+    def add(self, texts: Sequence[Sequence[int]]) -> None:
+        new = count(texts)
+        while self._records and len(self._records[-1].keys) < _RATIO * len(new.keys):
+            new = merge([self._records.pop(), new])
+            self.tables.pop()
+        self._records.append(new)
+        self.tables.append(Counts.of(new))
 
 
 class History:
@@ -83,11 +106,25 @@ class History:
         self._opened = False
         self._counts = Counts.of(Records.none())
         self._generation = -1  # of the counts
-        self._recent: dict[int, dict[int, int]] = {}  # key → successor → count
-        self._seen = 0  # the last of the file's waiting texts in there
-        self._own: list[list[int]] = []  # texts in there that are not in the file
-        self._own_tokens = 0
+        self._waiting = _Recent()  # the file's texts that are not in its counts
+        self._seen = 0  # the last of these
         self._folded = False  # whether the counts hold more than the file's
+        self._disown()
+
+    def _disown(self) -> None:
+        """Forgets the texts that are not in the file, nor in the counts."""
+        self._own: list[list[int]] = []
+        self._own_tokens = 0
+        self._own_recent = _Recent()
+        self._look()
+
+    def _look(self) -> None:
+        """Lookups find what is known now."""
+        own = [self._counts, *self._waiting.tables, *self._own_recent.tables]
+        # Of suffixes longer than the delivered counts know there is nothing to be found in them.
+        self._known = LONGEST if any(map(len, own)) else self._longest
+        base = [self._base] if self._base else []
+        self._rows = back_off.BackOff([*base, *own], self._vocab_size, self.priors, DEPTH)
 
     def begin(self, tokens: Sequence[int]) -> None:
         """See :class:`Source`. The file is read before the first text."""
@@ -107,9 +144,7 @@ class History:
         """See :class:`Source`: the likeliest nodes by the counts after the longest known suffix."""
         if budget <= 0:
             return []
-        longest = LONGEST if self._recent or len(self._counts) else self._longest
-        suffix = (*self._last, *path)[-longest:]
-        return grow(self._successors, suffix, budget, self.priors, DEPTH)
+        return self._rows.propose((*self._last, *path)[-self._known :], budget)
 
     def observe(
         self, tokens: Sequence[int], top: np.ndarray, before: Sequence[int] | None = None
@@ -131,52 +166,24 @@ class History:
                 print(f"Outputs are not kept beyond this process: {error}", file=sys.stderr)
         self._own.append(output)
         self._own_tokens += len(output)
-        self._learn(output)
+        self._own_recent.add([output])
         if self._own_tokens > PENDING:
             self._fold()
+        self._look()
 
     def reset(self) -> None:
         """See :class:`Source`. From the first reset on nothing is saved."""
         self.saves = False
         if self._folded:
             self._forget()
-        for output in self._own:
-            self._learn(output, -1)
-        self._own, self._own_tokens = [], 0
-
-    def _successors(self, suffix: tuple[int, ...]) -> back_off.Found:
-        found = back_off.successors(suffix, self._row)
-        if found[0] and max(found[0]) >= self._vocab_size:
-            return [], [], ()
-        return found
-
-    def _row(self, key: int, most: int) -> back_off.Row | None:
-        found = self._counts.row(key, most) if len(self._counts) else None
-        if self._base is not None:
-            found = _sum(found, self._base.row(key, most), most)
-        new = self._recent.get(key)
-        if new is None:
-            return found
-        recent = (list(new), list(new.values()), sum(new.values()), len(new))
-        return _sum(found or _NOTHING, recent, most)
-
-    def _learn(self, output: Sequence[int], times: int = 1) -> None:
-        for at in range(1, len(output)):
-            token = output[at]
-            for key in keys_of(output[max(at - LONGEST, 0) : at]):
-                row = self._recent.setdefault(key, {})
-                row[token] = row.get(token, 0) + times
-                if not row[token]:
-                    del row[token]
-                    if not row:
-                        del self._recent[key]
+        elif self._own:
+            self._disown()
 
     def _fold(self) -> None:
-        """Moves texts that cannot be saved out of the dictionary, which takes too much room."""
+        """Moves texts that cannot be saved into the counts: they would take too much room."""
         self._counts = Counts.of(grown(self._counts.records(), count(self._own)))
-        for output in self._own:
-            self._learn(output, -1)
-        self._own, self._own_tokens, self._folded = [], 0, True
+        self._disown()
+        self._folded = True
 
     def _refresh(self, path: Path) -> None:
         """Takes over what this process and others have written since."""
@@ -184,26 +191,10 @@ class History:
             now = generation(file)
             if now != self._generation:
                 self._counts = read_counts(file)
-                self._recent = {}
+                self._waiting = _Recent()
                 self._generation, self._seen = now, 0
-                for output in self._own:
-                    self._learn(output)
-            for number, tokens in waiting(file, self._seen):
-                self._learn(tokens)
-                self._seen = number
-
-
-def _sum(one: back_off.Row | None, other: back_off.Row | None, most: int) -> back_off.Row | None:
-    """One row of two; how many different successors it has is known from below only."""
-    if one is None or other is None:
-        return one or other
-    both = dict(zip(one[0], one[1], strict=True))
-    for token, times in zip(other[0], other[1], strict=True):
-        both[token] = both.get(token, 0) + times
-    ranked = sorted(both.items(), key=_falling)[:most]
-    tokens, counts = [token for token, _ in ranked], [times for _, times in ranked]
-    return tokens, counts, one[2] + other[2], max(one[3], other[3], len(both))
-
-
-def _falling(pair: tuple[int, int]) -> tuple[int, int]:
-    return -pair[1], pair[0]
+            new = waiting(file, self._seen)
+            if new:
+                self._waiting.add([tokens for _, tokens in new])
+                self._seen = new[-1][0]
+        self._look()

@@ -149,13 +149,16 @@ class Counts:
         tokens: (M,) uint32 successors, in each row the most frequent first, then the lowest id.
         counts: (M,) uint32.
         buckets: (2^b + 1,) uint64: the first row whose key has at least these first b bits.
+
+    Attributes:
+        shift: 64 − b.
     """
 
     def __init__(self, *columns: NDArray) -> None:
         self.keys, self.starts, self.totals, self.tokens, self.counts, self.buckets = columns
         # Items of a memoryview cost a third of a numpy scalar, and no copy.
         self._views = [np.asarray(column).data for column in columns]
-        self._shift = 65 - (len(self.buckets) - 1).bit_length()
+        self.shift = 65 - (len(self.buckets) - 1).bit_length()
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -166,7 +169,7 @@ class Counts:
         None where the key is unknown.
         """
         keys, starts, totals, tokens, counts, buckets = self._views
-        bucket = key >> self._shift
+        bucket = key >> self.shift
         high = buckets[bucket + 1]
         at = bisect_left(keys, key, buckets[bucket], high)
         if at == high or keys[at] != key:

@@ -12,16 +12,22 @@ Both outlive a text: they know the model, not the text.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
 import numpy as np
 
-from hispec.sources.growth import grow
+from hispec.sources.growth import Grower, grow
 from hispec.sources.source import GRADES, Candidate
+from hispec_kernels import cpu
 
 WIDTH = 8  # successors kept of a token
-PAIRS = 32_768  # rows of the table of pairs: 1 MB, and about 4 MB for finding them
+PAIRS = 32_768  # rows of the table of pairs: 1.3 MB
+WAYS = 4  # a pair is in one of so many rows, which it shares with others: the oldest goes
+ROWS = 32  # tokens that are observed in one call
 DEPTH = 6
+_FACTOR = 0x9E37_79B9_7F4A_7C15  # 2⁶⁴ / golden ratio
+_MASK = (1 << 64) - 1
 
 # Grades: the table, times the rank in it.
 _PAIR, _SINGLE = range(2)
@@ -58,9 +64,17 @@ class Recycle:
         """Forgets every observation."""
         self._singles = np.full((self._vocab_size, WIDTH), -1, np.int32)
         self._pairs = np.full((PAIRS, WIDTH), -1, np.int32)
-        self._slots: dict[int, int] = {}  # before · V + token → row of _pairs
-        self._owners = [-1] * PAIRS  # and back
-        self._next_slot = 0
+        self._owners = np.full(PAIRS, -1, np.int64)  # before · V + token, by row of _pairs
+        self._turns = np.zeros(PAIRS // WAYS, np.uint8)  # the row of each WAYS that goes next
+        self._library = cpu.in_use()
+        if self._library:
+            self._grower = Grower(self._library.grow_recycled, self.priors, DEPTH)
+            tables = (self._singles, self._pairs, self._owners, self._turns)
+            addresses = (table.ctypes.data for table in tables)
+            self._compiled = cpu.Recycled(*addresses, self._vocab_size, len(self._turns))
+            # Its arguments: the likeliest ids after a token, the token, and the one before.
+            self._shown = np.empty((ROWS, WIDTH + 2), np.int64)
+            self._address = self._shown.ctypes.data
 
     def begin(self, tokens: Sequence[int]) -> None:
         """See :class:`Source`."""
@@ -75,6 +89,8 @@ class Recycle:
         suffix = (*self._last, *path)[-2:]
         if budget <= 0 or not suffix:
             return []
+        if self._library and budget <= Grower.MOST:
+            return self._grower.grow(self._compiled, suffix, budget)
         return grow(self._successors, suffix, budget, self.priors, DEPTH)
 
     def _successors(
@@ -83,33 +99,54 @@ class Recycle:
         token = suffix[-1]
         last = (token,)
         if len(suffix) > 1:
-            slot = self._slots.get(suffix[-2] * self._vocab_size + token)
-            if slot is not None:
-                return _known(self._pairs[slot]), _RANKS[_PAIR], last
+            row = self._row(suffix[-2] * self._vocab_size + token)[1]
+            if row >= 0:
+                return _known(self._pairs[row]), _RANKS[_PAIR], last
         return _known(self._singles[token]), _RANKS[_SINGLE], last
+
+    def _row(self, pair: int) -> tuple[int, int]:
+        """Returns which WAYS rows a pair may be in, by number, and its row, −1 if there is none."""
+        number = ((pair * _FACTOR & _MASK) >> 32) % len(self._turns)
+        owners = self._owners[number * WAYS : (number + 1) * WAYS].tolist()
+        return number, number * WAYS + owners.index(pair) if pair in owners else -1
 
     def observe(
         self, tokens: Sequence[int], top: np.ndarray, before: Sequence[int] | None = None
     ) -> None:
-        """See :class:`Source`; columns past WIDTH are not looked at."""
+        """See :class:`Source`; columns past WIDTH are left out. The last of equal ids stays."""
+        if self._library:
+            for first in range(0, len(tokens), ROWS):
+                part = slice(first, first + ROWS)
+                self._keep(tokens[part], top[part], None if before is None else before[part])
+            return
         rows = top[:, :WIDTH]
         if rows.shape[1] < WIDTH:
             rows = np.pad(rows, ((0, 0), (0, WIDTH - rows.shape[1])), constant_values=-1)
-        self._singles[np.asarray(tokens)] = rows  # of equal tokens the last one stays
+        for token, row in zip(tokens, rows, strict=True):
+            self._singles[token] = row
         if before is None:
             return
-        slots = []
-        for first, token in zip(before, tokens, strict=True):
-            key = first * self._vocab_size + token
-            slot = self._slots.get(key)
-            if slot is None:
-                slot = self._next_slot
-                self._next_slot = (slot + 1) % PAIRS
-                self._slots.pop(self._owners[slot], None)
-                self._slots[key] = slot
-                self._owners[slot] = key
-            slots.append(slot)
-        self._pairs[slots] = rows
+        for first, token, row in zip(before, tokens, rows, strict=True):
+            pair = first * self._vocab_size + token
+            number, at = self._row(pair)
+            if at < 0:
+                turn = int(self._turns[number])
+                self._turns[number] = (turn + 1) % WAYS
+                at = number * WAYS + turn
+                self._owners[at] = pair
+            self._pairs[at] = row
+
+    def _keep(self, tokens: Sequence[int], top: np.ndarray, before: Sequence[int] | None) -> None:
+        """:meth:`observe` for at most ROWS tokens, by the compiled library."""
+        assert self._library, "there is one to do it"
+        count, width = len(tokens), min(top.shape[1], WIDTH)
+        self._shown[:count, :width] = top[:, :width]
+        self._shown[:count, WIDTH] = tokens
+        if before is not None:
+            self._shown[:count, WIDTH + 1] = before
+        self._library.keep_recycled(
+            ctypes.byref(self._compiled), self._address, count, width, before is not None
+        )
 
     def end(self) -> None:
         """What was observed stays."""

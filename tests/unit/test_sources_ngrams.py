@@ -17,6 +17,7 @@ from hispec.sources.build import Builder, merge_stores
 from hispec.sources.corpus import Corpus
 from hispec.sources.fingerprint import DatabaseError, fingerprint
 from hispec.sources.ngrams import COLUMNS, Counts, Records, count, keys_of, merge
+from hispec.sources.source import GRADES
 from hispec.sources.store import Store
 
 TEXTS = st.lists(st.lists(st.integers(0, 5), max_size=25), max_size=8)
@@ -83,13 +84,13 @@ def test_keys_tell_order_and_length() -> None:
 
 def test_backing_off_takes_the_longest_known_suffix_first() -> None:
     texts = [[1, 2, 3, 4], [1, 2, 3, 4], [9, 3, 5], [8, 3, 5], [7, 3, 5], [3, 6]]
-    counts = Counts.of(count(texts))
-    ids, grades, known = back_off.successors((1, 2, 3), counts.row)
+    rows = back_off.BackOff([Counts.of(count(texts))], 100, [0.5] * GRADES, 1)
+    ids, grades, known = rows._successors((1, 2, 3))
     assert ids == [4] and known == (1, 2, 3)
-    ids, shorter, known = back_off.successors((6, 6, 3), counts.row)
+    ids, shorter, known = rows._successors((6, 6, 3))
     assert ids == [5, 4, 6] and known == (3,)
     assert grades[0] > shorter[0] > shorter[1] > shorter[2]
-    assert back_off.successors((6, 6), counts.row) == ([], [], ())
+    assert rows._successors((6, 6)) == ([], [], ())
 
 
 # -- stores --

@@ -24,7 +24,7 @@ from torch import Tensor
 _SOURCES = [
     Path(__file__).parent / name
     for name in (
-        *("passes.c", "picks.c"),
+        *("passes.c", "picks.c", "growth.c"),
         *("lanes.h", "dots.h", "passes.inc.h", "cells.inc.h", "draft.inc.h"),
         *("vectors.inc.h", "pairs.inc.h", "tiles.inc.h"),
     )
@@ -108,6 +108,40 @@ class Place(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in ("root", "final", "start", "first", "end", "new_root")
         ),
+    ]
+
+
+class Counts(ctypes.Structure):
+    """``counts_t``: counts of n-grams, by the addresses of their columns."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("keys", "starts", "totals", "tokens", "counts", "buckets")
+        ),
+        *((name, ctypes.c_uint64) for name in ("rows", "size", "shift")),
+    ]
+
+
+class Grown(ctypes.Structure):
+    """``source_t``: tables of counts that a tree grows from."""
+
+    _fields_ = [
+        ("tables", ctypes.POINTER(Counts)),
+        ("count", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
+        ("shares", ctypes.c_void_p),
+        ("num_shares", ctypes.c_int64),
+    ]
+
+
+class Recycled(ctypes.Structure):
+    """``recycled_t``: the tables of recycled logits."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("singles", "pairs", "owners", "turns")),
+        ("vocab_size", ctypes.c_int64),
+        ("sets", ctypes.c_int64),
     ]
 
 
@@ -214,6 +248,15 @@ def load_library(folder: Path) -> ctypes.CDLL:
     library.gumbel.argtypes = [
         *(pointer, real, ctypes.c_uint64, pointer, pointer, size, size, size, pointer, threads),
     ]
+    # source, ids, length, budget, priors, highest, depth, out
+    for grow in (library.grow_counts, library.grow_recycled):
+        grow.argtypes = [
+            *(pointer, pointer, size, size, pointer, ctypes.c_double, size, pointer),
+        ]
+        grow.restype = size
+    # tables, shown, count, width, paired
+    library.keep_recycled.argtypes = [pointer, pointer, size, size, ctypes.c_int]
+    library.keep_recycled.restype = None
     library.top_k.restype = library.log_sum_exp.restype = library.gumbel.restype = None
     return library
 
