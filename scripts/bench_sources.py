@@ -6,7 +6,8 @@
 The first times proposing, committing and observing, source by source and together, over a text that
 repeats itself as answers do. The second builds a store from synthetic text (a Zipfian vocabulary
 with phrases that come back) in a process of its own, then opens it in another: time, peak memory,
-anonymous memory above the baseline, and the time of a lookup.
+anonymous memory above the baseline, and the time of a lookup. With HISPEC_NATIVE=0 trees are grown
+in Python, as they are where no C compiler is found.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from hispec.model.native import native_library
 from hispec.sources import history_file
 from hispec.sources.build import Builder
 from hispec.sources.context import Context
@@ -46,12 +49,19 @@ def synthetic(rng: np.random.Generator, tokens: int, phrases: int = 20_000) -> n
     return np.concatenate(parts)[:tokens].astype(np.uint32)
 
 
+def use_compiled() -> None:
+    """Trees are grown by the compiled library, if it is to be had."""
+    _, why = native_library(None, torch.bfloat16, torch.device("cpu"))
+    print(f"grown in Python: {why}" if why else "grown by the compiled library")
+
+
 def quantiles(times: list[float]) -> str:
     times = sorted(times)
     return "".join(f"{times[int(q * (len(times) - 1))] * 1e6:10.0f}" for q in (0.5, 0.9, 0.99))
 
 
 def proposals(args: argparse.Namespace) -> None:
+    use_compiled()
     rng = np.random.default_rng(0)
     text = synthetic(rng, args.context + 1000, phrases=2000).tolist()
     with tempfile.TemporaryDirectory() as folder:
@@ -132,6 +142,7 @@ def anonymous_mb() -> float:
 
 
 def ask(path: str) -> None:
+    use_compiled()
     text = synthetic(np.random.default_rng([7, 1]), 200_000).tolist()
     before = anonymous_mb()
     source = Corpus(Store(path), V)

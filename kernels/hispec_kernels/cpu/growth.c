@@ -247,6 +247,7 @@ static int64_t row_of_pair(const recycled_t *tables, int64_t pair) {
 static void recycled(const void *of, const suffix_t *suffix, found_t *found) {
   const recycled_t *tables = of;
   const int64_t *last = suffix->ids + suffix->length - 1;
+  if ((uint64_t)*last >= (uint64_t)tables->vocab_size) return;
   const int64_t pair = suffix->length > 1 ? row_of_pair(tables, last[-1] * tables->vocab_size + *last) : -1;
   const int32_t *row = pair < 0 ? tables->singles + *last * WIDTH : tables->pairs + pair * WIDTH;
   for (found->count = 0; found->count < WIDTH && row[found->count] >= 0; found->count++) {
@@ -273,6 +274,7 @@ void keep_recycled(const recycled_t *tables, const int64_t *shown, int64_t count
   }
   for (int64_t i = 0; i < count; i++) {
     const int64_t *at = shown + i * (WIDTH + 2), token = at[WIDTH];
+    if ((uint64_t)token >= (uint64_t)tables->vocab_size) continue;
     int32_t ids[WIDTH];
     for (int64_t j = 0; j < WIDTH; j++) ids[j] = j < width ? at[j] : -1;
     memcpy(tables->singles + token * WIDTH, ids, sizeof ids);
