@@ -17,7 +17,8 @@ Stages; what one has not begun after --stage-s is left out, and said to be:
     shapes    passes by range and width, and what hierarchies yield on them at given acceptance
 
 On a GPU --numerics fast runs the very kernels of exact, so what exactness costs is told beside
-torch's products (hispec/bench/gpu_library.py); host and idle: hispec/bench/gpu_methods.py.
+torch's products (hispec/bench/gpu_library.py); host and idle: hispec/bench/gpu_methods.py. What it
+brings that kernels take turns (hispec_kernels/gpu/turns.py) is told by a second run, HISPEC_PDL=0.
 Prints tables; --out takes one JSON object a row, the machine first. --tiny shows on any machine
 that it works: seconds, in Triton's interpreter where TRITON_INTERPRET=1 is set, no number of worth.
 """
@@ -83,6 +84,7 @@ class Bench:
             "dtype": dtype_name(self.dtype),
             "copy_gb_per_s": self.ceiling,
             "kernels": gpu.why_not(self.device) or "triton",
+            "turns": cuda and _take_turns(self.device),
         }
 
     def spent(self) -> float:
@@ -128,6 +130,15 @@ class Bench:
     def shapes(self) -> list[str]:
         """Returns the shapes asked for."""
         return ["tiny"] if self.args.tiny else self.args.shapes.split(",")
+
+
+def _take_turns(device: torch.device) -> bool:
+    """Returns whether kernels start before the last one has ended."""
+    if gpu.why_not(device):
+        return False
+    from hispec_kernels.gpu.turns import taken  # needs Triton
+
+    return taken(device)
 
 
 def kernels(bench: Bench) -> Iterator[Row]:

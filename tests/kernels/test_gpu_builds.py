@@ -23,13 +23,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from hispec_kernels.gpu import (
-    attention, compact, exit_head, follow, noise, products, rms_norm, rope, rows as copies, top_k
+    attention, compact, exit_head, follow, noise, products, rms_norm, rope, rows as copies, top_k,
+    turns,
 )
 
 B, F, I, L, i = "*bf16", "*fp32", "*i32", "*i64", "i32"
 
 def build(kernel, types, warps=4, stages=1, capability=90, **constants):
     names = kernel.arg_names
+    in_turn = constants["TURNS"] = divmod(capability, 10) >= turns.CAPABILITY
     runtime = [name for name in names if name not in constants]
     assert len(runtime) == len(types), (runtime, types)
     signature = dict.fromkeys(names, "constexpr") | dict(zip(runtime, types))
@@ -40,9 +42,15 @@ def build(kernel, types, warps=4, stages=1, capability=90, **constants):
         if kind.startswith("*") or name in ("size", "rows", "kv_stride")
     }
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "launch_pdl": in_turn}
     built = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return built.metadata.shared, built.asm["ptx"]
+    ptx = built.asm["ptx"]
+    if in_turn:
+        waits = ptx.index("griddepcontrol.wait")
+        assert ptx.index("griddepcontrol.launch_dependents") < waits
+        touched = re.search(r"(ld|st)\\.global|cp\\.async|prefetch|\\batom|\\bred\\.", ptx)
+        assert waits < touched.start(), f"{kernel.__name__} does not wait for its turn"
+    return built.metadata.shared, ptx
 
 def spilled(ptx):
     assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
@@ -99,6 +107,7 @@ assert spilled(ptx) == 0, "candidates do not fit the registers"
 build(follow._follow, (L, L, L, L, L, i), BLOCK=32, warps=1)
 build(compact._compact, (B, L, L, I, i, i), BLOCK=128, warps=1)
 build(top_k._best, (F, I, F, L, i, i), COLUMNS=True, K=8, BLOCK=4096, warps=8)
+build(turns._double, (F, F, i), BLOCK=1024)
 print("built")
 """
 

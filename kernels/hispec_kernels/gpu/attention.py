@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hispec_kernels.gpu.plan import positions
+from hispec_kernels.gpu.turns import take_turn, turns
 
 SPLIT = 128
 
@@ -42,11 +43,13 @@ def _attend_split(
     heads,
     kv_stride,
     splits,
+    TURNS: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    take_turn(TURNS)
     job = tl.program_id(0)
     kv_head = tl.program_id(1)
     width = tl.load(plan_ptr + 1)
@@ -117,12 +120,14 @@ def _merge(
     out_ptr,
     plan_ptr,
     heads,
+    TURNS: tl.constexpr,
     ROWS: tl.constexpr,
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
     STEPS: tl.constexpr,
 ):
+    take_turn(TURNS)
     row = tl.program_id(0)
     if row < tl.load(plan_ptr + 1):
         head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -208,6 +213,7 @@ def decode_attention(
         BLOCK=block,
         num_warps=4,
         num_stages=1,
+        **turns(queries),
     )
     together, steps = _cut(queries.device, heads)
     _merge[(started, triton.cdiv(heads, together))](
@@ -218,4 +224,5 @@ def decode_attention(
         HEADS=together,
         STEPS=steps,
         num_warps=1,
+        **turns(queries),
     )

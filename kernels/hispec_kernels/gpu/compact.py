@@ -10,9 +10,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hispec_kernels.gpu.turns import take_turn, turns
+
 
 @triton.jit
-def _compact(cells_ptr, source_ptr, target_ptr, count_ptr, capacity, size, BLOCK: tl.constexpr):
+def _compact(
+    cells_ptr,
+    source_ptr,
+    target_ptr,
+    count_ptr,
+    capacity,
+    size,
+    TURNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    take_turn(TURNS)
     base = cells_ptr + tl.program_id(0).to(tl.int64) * capacity * size
     lane = tl.arange(0, BLOCK)
     mask = lane < size
@@ -38,4 +50,5 @@ def compact(cells: Tensor, sources: Tensor, targets: Tensor, count: Tensor) -> N
         *(cells, sources, targets, count, capacity, size),
         BLOCK=triton.next_power_of_2(size),
         num_warps=1,
+        **turns(cells),
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hispec_kernels.gpu.noise import gumbel
 from hispec_kernels.gpu.products import TILE, Blocks, blocks_for, dots
+from hispec_kernels.gpu.turns import take_turn, turns
 
 
 @triton.jit
@@ -89,6 +90,7 @@ def _head(
     rows,
     size,
     pieces,
+    TURNS: tl.constexpr,
     NOISE: tl.constexpr,
     IDS: tl.constexpr,
     K: tl.constexpr,
@@ -97,6 +99,7 @@ def _head(
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
 ):
+    take_turn(TURNS)
     width = tl.load(width_ptr)
     inverse = 1.0 / tl.load(temperature_ptr)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -136,10 +139,12 @@ def _rank(
     odds_ptr,
     width_ptr,
     pieces,
+    TURNS: tl.constexpr,
     IDS: tl.constexpr,
     K: tl.constexpr,
     PIECES: tl.constexpr,
 ):
+    take_turn(TURNS)
     row = tl.program_id(0)
     if row < tl.load(width_ptr):
         piece = tl.arange(0, PIECES)
@@ -235,6 +240,7 @@ def best(
         TILES=x.shape[0] // TILE,
         EVEN=size % cut["BLOCK_K"] == 0,
         **cut,
+        **turns(x),
     )
     _rank[(rows or x.shape[0],)](
         *(*parts, table, *found, width, pieces),
@@ -242,5 +248,6 @@ def best(
         K=k,
         PIECES=triton.next_power_of_2(pieces),
         num_warps=8 if pieces <= 4096 else 32,  # what a thread keeps fits its registers
+        **turns(x),
     )
     return found

@@ -7,9 +7,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hispec_kernels.gpu.turns import take_turn, turns
+
 
 @triton.jit
-def _follow(token_ptr, parent_ptr, pick_ptr, path_ptr, end_ptr, nodes, BLOCK: tl.constexpr):
+def _follow(
+    token_ptr,
+    parent_ptr,
+    pick_ptr,
+    path_ptr,
+    end_ptr,
+    nodes,
+    TURNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    take_turn(TURNS)
     node = tl.arange(0, BLOCK)
     there = node < nodes
     tokens = tl.load(token_ptr + node, mask=there, other=-1)
@@ -45,5 +57,7 @@ def follow(tokens: Tensor, parents: Tensor, picks: Tensor) -> tuple[Tensor, Tens
     nodes = tokens.shape[0]
     path, end = torch.empty_like(tokens), tokens.new_empty(2)
     block = max(2, triton.next_power_of_2(nodes))
-    _follow[(1,)](tokens, parents, picks, path, end, nodes, BLOCK=block, num_warps=1)
+    _follow[(1,)](
+        tokens, parents, picks, path, end, nodes, BLOCK=block, num_warps=1, **turns(tokens)
+    )
     return path, end

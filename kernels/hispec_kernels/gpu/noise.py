@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hispec_kernels.gpu.turns import take_turn, turns
 from hispec_kernels.noise import seeded_state
 
 _BLOCK = 1024
@@ -50,9 +51,11 @@ def _noisy(
     temperature,
     size,
     token_stride,
+    TURNS: tl.constexpr,
     IDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    take_turn(TURNS)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < size
@@ -89,5 +92,6 @@ def noisy(
         IDS=tokens is not None,
         BLOCK=_BLOCK,
         num_warps=4,
+        **turns(logits),
     )
     return out

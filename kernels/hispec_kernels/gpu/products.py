@@ -22,6 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hispec_kernels.gpu.turns import take_turn, turns
+
 #: Rows of x in one tile.
 TILE = 16
 
@@ -87,6 +89,7 @@ def _product(
     width_ptr,
     rows,
     size,
+    TURNS: tl.constexpr,
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     TILES: tl.constexpr,
@@ -94,6 +97,7 @@ def _product(
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
 ):
+    take_turn(TURNS)
     width = tl.load(width_ptr)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     at = tl.arange(0, 16)
@@ -123,12 +127,14 @@ def _gated_product(
     width_ptr,
     rows,
     size,
+    TURNS: tl.constexpr,
     BIAS: tl.constexpr,
     TILES: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN: tl.constexpr,
 ):
+    take_turn(TURNS)
     width = tl.load(width_ptr)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     at = tl.arange(0, 16)
@@ -240,6 +246,7 @@ def product(
         TILES=x.shape[0] // TILE,
         EVEN=size % cut["BLOCK_K"] == 0,
         **cut,
+        **turns(x),
     )
 
 
@@ -278,4 +285,5 @@ def gated_product(
         TILES=x.shape[0] // TILE,
         EVEN=size % cut["BLOCK_K"] == 0,
         **cut,
+        **turns(x),
     )

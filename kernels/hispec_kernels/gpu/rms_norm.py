@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hispec_kernels.gpu.turns import take_turn, turns
+
 
 @triton.jit
 def _add_rms_norm(
@@ -19,9 +21,11 @@ def _add_rms_norm(
     width_ptr,
     size,
     eps,
+    TURNS: tl.constexpr,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    take_turn(TURNS)
     row = tl.program_id(0)
     if row < tl.load(width_ptr):
         lane = tl.arange(0, BLOCK)
@@ -63,4 +67,5 @@ def add_rms_norm(
         ADD=delta is not None,
         BLOCK=block,
         num_warps=min(16, max(1, block // 256)),
+        **turns(x),
     )

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hispec_kernels.gpu.plan import positions
+from hispec_kernels.gpu.turns import take_turn, turns
 
 _HEADS = 8
 
@@ -28,10 +29,12 @@ def _rope_write(
     heads,
     kv_heads,
     kv_stride,
+    TURNS: tl.constexpr,
     SIZE: tl.constexpr,
     HALF: tl.constexpr,
     HEADS: tl.constexpr,
 ):
+    take_turn(TURNS)
     row = tl.program_id(0)
     if row < tl.load(plan_ptr + 1):
         slot = tl.load(plan_ptr) + row
@@ -104,4 +107,5 @@ def rope_write(
         HALF=triton.next_power_of_2(size // 2),
         HEADS=together,
         num_warps=4,
+        **turns(qkv),
     )

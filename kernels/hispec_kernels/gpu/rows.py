@@ -15,10 +15,20 @@ import triton.language as tl
 from torch import Tensor
 
 from hispec_kernels.gpu.plan import positions
+from hispec_kernels.gpu.turns import take_turn, turns
 
 
 @triton.jit
-def _copy_rows(source_ptr, target_ptr, plan_ptr, size, LOAD: tl.constexpr, BLOCK: tl.constexpr):
+def _copy_rows(
+    source_ptr,
+    target_ptr,
+    plan_ptr,
+    size,
+    TURNS: tl.constexpr,
+    LOAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    take_turn(TURNS)
     row = tl.program_id(0)
     if row < tl.load(plan_ptr + 1):
         place = row.to(tl.int64) * size
@@ -32,7 +42,8 @@ def _copy_rows(source_ptr, target_ptr, plan_ptr, size, LOAD: tl.constexpr, BLOCK
 
 
 @triton.jit
-def _embed_rows(words_ptr, x_ptr, plan_ptr, size, BLOCK: tl.constexpr):
+def _embed_rows(words_ptr, x_ptr, plan_ptr, size, TURNS: tl.constexpr, BLOCK: tl.constexpr):
+    take_turn(TURNS)
     row = tl.program_id(0)
     if row < tl.load(plan_ptr + 1):
         word = tl.load(plan_ptr + 4 + row).to(tl.int64) * size
@@ -43,7 +54,10 @@ def _embed_rows(words_ptr, x_ptr, plan_ptr, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _add_features(x_ptr, feature_ptr, plan_ptr, size, last, BLOCK: tl.constexpr):
+def _add_features(
+    x_ptr, feature_ptr, plan_ptr, size, last, TURNS: tl.constexpr, BLOCK: tl.constexpr
+):
+    take_turn(TURNS)
     row = tl.program_id(0)
     if row < tl.load(plan_ptr + 1):
         distance = positions(plan_ptr, row, row >= 0) - tl.load(plan_ptr + 3)
@@ -69,7 +83,7 @@ def embed_rows(words: Tensor, plan: Tensor, x: Tensor, rows: int | None = None) 
     size = words.shape[1]
     block = min(triton.next_power_of_2(size), 1024)
     _embed_rows[(rows or len(x), triton.cdiv(size, block))](
-        *(words, x, plan, size), BLOCK=block, num_warps=4
+        *(words, x, plan, size), BLOCK=block, num_warps=4, **turns(x)
     )
 
 
@@ -115,7 +129,7 @@ def add_features(x: Tensor, features: Tensor, plan: Tensor, rows: int | None = N
     count, size = features.shape
     block = min(triton.next_power_of_2(size), 1024)
     _add_features[(rows or len(x), triton.cdiv(size, block))](
-        *(x, features, plan, size, count - 1), BLOCK=block, num_warps=4
+        *(x, features, plan, size, count - 1), BLOCK=block, num_warps=4, **turns(x)
     )
 
 
@@ -123,5 +137,5 @@ def _copy(source: Tensor, target: Tensor, plan: Tensor, rows: int, *, load: bool
     size = source.shape[1]
     block = min(triton.next_power_of_2(size), 1024)
     _copy_rows[(rows, triton.cdiv(size, block))](
-        *(source, target, plan, size), LOAD=load, BLOCK=block, num_warps=4
+        *(source, target, plan, size), LOAD=load, BLOCK=block, num_warps=4, **turns(source)
     )

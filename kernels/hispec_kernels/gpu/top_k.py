@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hispec_kernels.gpu.turns import take_turn, turns
+
 _PIECE = 4096
 
 
@@ -22,11 +24,13 @@ def _best(
     place_ptr,
     size,
     pieces,
+    TURNS: tl.constexpr,
     COLUMNS: tl.constexpr,
     K: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Stores the k best of one piece of a row; ``column_ptr`` names columns if COLUMNS."""
+    take_turn(TURNS)
     row, piece = tl.program_id(0).to(tl.int64), tl.program_id(1)
     at = piece * BLOCK + tl.arange(0, BLOCK)
     there = at < size
@@ -72,6 +76,7 @@ def top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
             K=k,
             BLOCK=min(_PIECE, triton.next_power_of_2(length)),
             num_warps=8,
+            **turns(logits),
         )
         values, columns = best, place
         if pieces == 1:
