@@ -92,6 +92,7 @@ def test_few_columns_and_budget_zero() -> None:
 def test_depth_is_bounded() -> None:
     source = Recycle(V)
     source.priors[WIDTH] = 0.9  # the best of a single token
+    source.reset()
     source.begin([5])
     source.observe([5], np.array([row(5)]))
     assert max(len(c.tokens) for c in source.propose((), 30)) == DEPTH
