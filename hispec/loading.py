@@ -63,8 +63,8 @@ def load(
     """
     if numerics not in ("exact", "fast"):
         raise UsageError(f"unknown numerics {numerics!r}. Use exact or fast.")
-    if choose(device, dtype).device.type == "cpu":
-        _compile_meanwhile()
+    choose(device, dtype)  # what is not there is refused before anything is begun
+    _compile_meanwhile()
     checkpoint = open_checkpoint(str(model))
     choice = choose_for(checkpoint.config, device, dtype)
     if exits is None:

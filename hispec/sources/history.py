@@ -60,12 +60,12 @@ class _Recent:
         self.tables: list[Counts] = []
 
     def add(self, texts: Sequence[Sequence[int]]) -> None:
-        new = count(texts)
-        while self._records and len(self._records[-1].keys) < _RATIO * len(new.keys):
-            new = merge([self._records.pop(), new])
-            self.tables.pop()
-        self._records.append(new)
-        self.tables.append(Counts.of(new))
+        new, kept = count(texts), len(self._records)
+        while kept and len(self._records[kept - 1].keys) < _RATIO * len(new.keys):
+            kept -= 1
+            new = merge([self._records[kept], new])
+        table = Counts.of(new)  # an interrupt up to here leaves what was
+        self._records[kept:], self.tables[kept:] = [new], [table]
 
 
 class History:

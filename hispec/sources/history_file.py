@@ -29,7 +29,7 @@ from hispec.sources.ngrams import COLUMNS, DTYPES, LONGEST, Counts, Records, cou
 
 FORMAT = "hispec-history-1"
 MAX_RECORDS = 1_000_000  # (suffix, successor, count)
-PENDING = 16_384  # tokens that may wait; half a minute's worth, and 20 MB in a dictionary
+PENDING = 16_384  # tokens that may wait; half a minute's worth, and 4 MB of tables
 _PATIENCE_S = 10.0  # for another process that holds the file
 _SCHEMA = (
     "create table facts (name text primary key, value text)",
@@ -137,7 +137,10 @@ def generation(file: sqlite3.Connection) -> int:
 def read_counts(file: sqlite3.Connection) -> Counts:
     """Returns the counts, without the texts that wait."""
     blobs = _row(file, f"select {', '.join(COLUMNS)} from counts")
-    return Counts(*(_array(b, DTYPES[n]) for n, b in zip(COLUMNS, blobs, strict=True)))
+    counts = Counts(*(_array(b, DTYPES[n]) for n, b in zip(COLUMNS, blobs, strict=True)))
+    if not counts.whole():
+        raise sqlite3.DatabaseError("its columns do not fit each other")
+    return counts
 
 
 def waiting(file: sqlite3.Connection, seen: int = 0) -> list[tuple[int, list[int]]]:

@@ -163,6 +163,15 @@ class Counts:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def whole(self) -> bool:
+        """Returns whether the columns' lengths fit each other; a damaged file's may not."""
+        return bool(
+            len(self.starts) == len(self.keys) + 1 == len(self.totals) + 1
+            and self.starts[-1] == len(self.tokens) == len(self.counts)
+            and len(self.buckets) > 2
+            and self.buckets[-1] == len(self.keys)
+        )
+
     def row(self, key: int, most: int = WIDTH) -> tuple[list[int], list[int], int, int] | None:
         """Returns a key's likeliest successors, their counts, its total and how many there are.
 
@@ -170,11 +179,13 @@ class Counts:
         """
         keys, starts, totals, tokens, counts, buckets = self._views
         bucket = key >> self.shift
-        high = buckets[bucket + 1]
-        at = bisect_left(keys, key, buckets[bucket], high)
+        high = min(buckets[bucket + 1], len(keys))
+        at = bisect_left(keys, key, min(buckets[bucket], high), high)
         if at == high or keys[at] != key:
             return None
         low, high = starts[at], starts[at + 1]
+        if not low < high <= len(tokens):
+            return None  # a damaged file's
         part = slice(low, min(high, low + most))
         return tokens[part].tolist(), counts[part].tolist(), totals[at], high - low
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from ctypes import CDLL
 
 import numpy as np
 
@@ -62,19 +63,21 @@ class Recycle:
 
     def reset(self) -> None:
         """Forgets every observation."""
+        self._library: CDLL | None = None  # until it has the addresses of what is made here
         self._singles = np.full((self._vocab_size, WIDTH), -1, np.int32)
         self._pairs = np.full((PAIRS, WIDTH), -1, np.int32)
         self._owners = np.full(PAIRS, -1, np.int64)  # before · V + token, by row of _pairs
         self._turns = np.zeros(PAIRS // WAYS, np.uint8)  # the row of each WAYS that goes next
-        self._library = cpu.in_use()
-        if self._library:
-            self._grower = Grower(self._library.grow_recycled, self.priors, DEPTH)
+        library = cpu.in_use()
+        if library:
+            self._grower = Grower(library.grow_recycled, self.priors, DEPTH)
             tables = (self._singles, self._pairs, self._owners, self._turns)
             addresses = (table.ctypes.data for table in tables)
             self._compiled = cpu.Recycled(*addresses, self._vocab_size, len(self._turns))
             # Its arguments: the likeliest ids after a token, the token, and the one before.
             self._shown = np.empty((ROWS, WIDTH + 2), np.int64)
             self._address = self._shown.ctypes.data
+        self._library = library
 
     def begin(self, tokens: Sequence[int]) -> None:
         """See :class:`Source`."""
@@ -114,6 +117,7 @@ class Recycle:
         self, tokens: Sequence[int], top: np.ndarray, before: Sequence[int] | None = None
     ) -> None:
         """See :class:`Source`; columns past WIDTH are left out. The last of equal ids stays."""
+        assert len(top) == len(tokens), "a row of ids for each token"
         if self._library:
             for first in range(0, len(tokens), ROWS):
                 part = slice(first, first + ROWS)

@@ -68,13 +68,7 @@ class Store:
             else:
                 columns.append(np.empty(0, dtype))
         self.counts = Counts(*columns)
-        c = self.counts
-        if not (
-            len(c.starts) == len(c.keys) + 1 == len(c.totals) + 1
-            and c.starts[-1] == len(c.tokens) == len(c.counts)
-            and len(c.buckets) > 2
-            and c.buckets[-1] == len(c.keys)
-        ):
+        if not self.counts.whole():
             raise DatabaseError(_damaged(self.path))
 
     def fact(self, name: str, default: int = 0) -> int:

@@ -126,13 +126,19 @@ def test_equal_chances_keep_their_order(library: CDLL) -> None:
 
 
 @pytest.mark.parametrize("column", COLUMNS)
-def test_damaged_counts_are_survived(library: CDLL, column: str) -> None:
+@pytest.mark.parametrize("value", [0, 1, 1 << 31, (1 << 64) - 1])
+def test_damaged_counts_are_survived(library: CDLL, column: str, value: int) -> None:
     draw = random.Random(0)
     counts = Counts.of(count(texts(draw, 30)))
     columns = {name: getattr(counts, name).copy() for name in COLUMNS}
-    columns[column][1:-1] = draw.getrandbits(31)
-    with using(library):
-        rows = BackOff([Counts(*columns.values())], V, [0.5] * GRADES, 8)
-        for token in range(V):
-            for path in rows.propose((token,), 12):
-                assert all(0 <= found < V for found in path.tokens)
+    damaged = columns[column]
+    damaged[1:-1:2] = value & np.iinfo(damaged.dtype).max
+    rows = []
+    for native in (library, None):
+        with using(native):
+            rows.append(BackOff([Counts(*columns.values())], V, [0.5] * GRADES, 8))
+    for _ in range(200):
+        suffix = tuple(int(V * draw.random() ** 3) for _ in range(draw.randrange(1, 6)))
+        found, wanted = (x.propose(suffix, 12) for x in rows)
+        assert found == wanted
+        assert all(0 <= token < V for path in found for token in path.tokens)

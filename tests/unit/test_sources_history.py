@@ -228,6 +228,17 @@ def test_foreign_and_truncated_files_are_refused(tmp_path: Path) -> None:
             known(tmp_path / name)
 
 
+def test_columns_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    add_records(tmp_path / "h", "t", count(texts(0)))
+    file = sqlite3.connect(tmp_path / "h")
+    (starts,) = file.execute("select starts from counts").fetchone()
+    file.execute("update counts set starts = ?", (starts[:-8],))
+    file.commit()
+    file.close()
+    with pytest.raises(DatabaseError, match="do not fit each other"):
+        History(tmp_path / "h", "t", V).begin([1])
+
+
 def test_read_only_folder_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("in the way of a folder")
     source = History(tmp_path / "file" / "h", "t", V)

@@ -49,6 +49,7 @@ static int64_t grow(successors_t successors, const void *source, const int64_t *
   found_t rows[NODES + 1];
   entry_t open[2 * NODES + 2];
   int64_t count = 0, num_rows = 0, num_open = 0;
+  if (length > LONGEST) ids += length - LONGEST, length = LONGEST;
   suffix_t root = {.length = length};
   memcpy(root.ids, ids, length * sizeof *ids);
 
@@ -67,7 +68,7 @@ static int64_t grow(successors_t successors, const void *source, const int64_t *
         chance_above[num_rows++] = chance;
       }
     }
-    if (!num_open || count == budget) return count;
+    if (!num_open || count >= budget) return count;
     int64_t best = 0; /* a few dozen entries: looking at all is as fast as a heap */
     for (int64_t i = 1; i < num_open; i++)
       if (precedes(open[i], open[best])) best = i;
@@ -112,7 +113,8 @@ typedef struct {
   int64_t total, different;
 } row_t;
 
-/* Whether a table knows the key. A damaged file may say anything, so nothing it says is an address. */
+/* Whether a table knows the key. Its columns fit each other (Counts.whole), but what a damaged file says
+   in them may be anything, so no number of it is trusted to be a row's. */
 static int row_of(const counts_t *table, uint64_t key, row_t *row) {
   const uint64_t bucket = key >> table->shift;
   uint64_t low = table->buckets[bucket], end = table->buckets[bucket + 1];
