@@ -254,7 +254,7 @@ class Decoder:
 
         With them, where the level adapts, its likeliest ids there and their chances.
         """
-        started = time.perf_counter()
+        started, prepared = time.perf_counter(), level.runner.model.narrow.prepared
         tree, first = self.tree, level.tip
         judges = level is self.levels[-1]
         adapts = level.adaptive and self.drafter is not None
@@ -286,7 +286,8 @@ class Decoder:
             if not isinstance(found, tuple):
                 ids = top_k(found, min(SHOWN, found.shape[-1]))[1].tolist()  # sync: picks are here
             self.show(ids)
-        self.tally(level, len(tree) - first, visits, time.perf_counter() - started)
+        usual = level.runner.model.narrow.prepared == prepared
+        self.tally(level, len(tree) - first, visits, time.perf_counter() - started, usual)
         return picks, ranked
 
     def hurry(self) -> None:
@@ -307,7 +308,7 @@ class Decoder:
             # sync: these logits have rules to be picked by, and the host has the rules
             picks = self.picker.drafted(found, positions, lambda _: self.text(level.tip), columns)
             level.tip = tree.append(picks[0], level.tip, name)
-        self.tally(level, 1, visits, time.perf_counter() - started)
+        self.tally(level, 1, visits, time.perf_counter() - started, usual=False)
 
     def pass_over(self, level: _Level, most: int) -> tuple[Found, list[int], int]:
         """Runs a level over all it lacks.
@@ -328,10 +329,18 @@ class Decoder:
         found, visits = level.runner.run(known, root + first, end, tree.nodes, asked)
         return found, positions, visits
 
-    def tally(self, level: _Level, rows: int, visits: int, elapsed: float) -> None:
-        """Counts a level's pass over so many nodes: the layer visits and the seconds it took."""
+    def tally(self, level: _Level, rows: int, visits: int, elapsed: float, usual: bool) -> None:
+        """Counts a level's pass over so many nodes: the layer visits and the seconds it took.
+
+        Args:
+            level: whose pass it was.
+            rows: nodes.
+            visits: as in :class:`LevelCounts`.
+            elapsed: seconds.
+            usual: whether others like it will take as long.
+        """
         level.counts.ran(rows, visits, elapsed)
-        if not self.drafter:
+        if not self.drafter or not usual:
             return
         if level is not self.levels[-1]:
             self.drafter.took(level.counts.name, rows, elapsed)

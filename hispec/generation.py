@@ -212,13 +212,14 @@ class LM:
             min(max_new_tokens, context - len(ids)), stops, self.eos, tuple(stopping_criteria)
         )
         vocab_size = self.model.config.vocab_size
-        check_pure(sampling.processors, ids, vocab_size)
+        check_pure(sampling.processors, ids, vocab_size, self.model.device)
         picker = sampling.seeded().picker(
             len(ids),
             vocab_size=vocab_size,
             eos=self.eos,
             min_new_tokens=min_new_tokens,
             max_new_tokens=ends.limit,
+            device=self.model.device,
         )
         wants = {"logprobs": logprobs, "scores": output_scores, "logits": output_logits}
         return Stream(

@@ -224,7 +224,7 @@ def _stream(
     """Returns the stream of one row."""
     rules = [_InBatch(p, row) for p in processors] if row.of > 1 or row.pads else list(processors)
     vocab_size, context = lm.model.config.vocab_size, lm.model.config.max_positions
-    check_pure(rules, row.ids, vocab_size)
+    check_pure(rules, row.ids, vocab_size, lm.model.device)
     temperature = 1.0
     if [type(rule).__name__ for rule in processors] == ["TemperatureLogitsWarper"]:
         temperature, rules = float(processors[0].temperature), []
@@ -282,7 +282,8 @@ def _output(input_ids: Tensor, results: Sequence[Result], config: Any) -> Any:
 
     logprobs = None
     if config.output_scores:
-        logprobs = torch.tensor([[*x.logprobs, *[0.0] * (longest - x.num_tokens)] for x in results])
+        rows = [[*x.logprobs, *[0.0] * (longest - x.num_tokens)] for x in results]
+        logprobs = torch.tensor(rows, device=ids.device)
     filled: Any = GenerateOutput  # transformers types its tuples as having one entry
     return filled(
         sequences=ids,

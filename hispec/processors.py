@@ -62,6 +62,7 @@ def build(
     eos: Sequence[int] = (),
     min_new_tokens: int = 0,
     max_new_tokens: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[Processor]:
     """Returns the rules of one text, in the order of transformers' ``generate``.
 
@@ -74,6 +75,7 @@ def build(
         eos: ids that end the text.
         min_new_tokens: these are not picked before so many tokens.
         max_new_tokens: the text's limit, where ``forced_eos_token_id`` acts.
+        device: where the scores will be.
 
     Raises:
         UsageError: a token id is not in the vocabulary.
@@ -92,7 +94,8 @@ def build(
         words = [list(word) for word in s.bad_words_ids]
         rules.append(_theirs("NoBadWords", words, ends))
     if min_new_tokens and ends is not None:
-        rules.append(_theirs("MinNewTokensLength", prompt_length, min_new_tokens, ends))
+        there = ends.to(device)  # where it looks for them
+        rules.append(_theirs("MinNewTokensLength", prompt_length, min_new_tokens, there))
     if s.forced_bos_token_id is not None:
         rules.append(_theirs("ForcedBOSToken", s.forced_bos_token_id))
     if s.forced_eos_token_id is not None and max_new_tokens is not None:
@@ -151,7 +154,11 @@ def _check_ids(sampling: Sampling, vocab_size: int) -> None:
 
 
 def check_pure(
-    rules: Sequence[Processor], prompt: Sequence[int], vocab_size: int, calls: int = 64
+    rules: Sequence[Processor],
+    prompt: Sequence[int],
+    vocab_size: int,
+    device: torch.device | str = "cpu",
+    calls: int = 64,
 ) -> None:
     """Raises ``UsageError`` for a processor whose answer depends on more than its arguments.
 
@@ -163,6 +170,7 @@ def check_pure(
         rules: the user's processors.
         prompt: what they are tried on.
         vocab_size: V.
+        device: where ids and scores will be.
         calls: see above.
     """
     for rule in rules:
@@ -171,7 +179,7 @@ def check_pure(
         if name in _STATEFUL:
             raise _stateful(name, _STATEFUL[name])
         if not kind.__module__.startswith("transformers."):
-            _try(rule, name, prompt, vocab_size, calls)
+            _try(rule, name, prompt, vocab_size, device, calls)
 
 
 def _stateful(name: str, what: str) -> UsageError:
@@ -181,13 +189,23 @@ def _stateful(name: str, what: str) -> UsageError:
     )
 
 
-def _try(rule: Processor, name: str, prompt: Sequence[int], vocab_size: int, calls: int) -> None:
+def _try(
+    rule: Processor,
+    name: str,
+    prompt: Sequence[int],
+    vocab_size: int,
+    device: torch.device | str,
+    calls: int,
+) -> None:
     rule = copy.copy(rule)
     if hasattr(rule, "inner"):
         rule.inner = copy.copy(rule.inner)
     draw = torch.Generator().manual_seed(0)
     questions = [
-        (torch.tensor([[*prompt, *more]]), torch.randn((1, vocab_size), generator=draw))
+        (
+            torch.tensor([[*prompt, *more]], device=device),
+            torch.randn((1, vocab_size), generator=draw).to(device),
+        )
         for more in ([], [prompt[0], prompt[-1]])
     ]
     answers: list[Tensor] = []

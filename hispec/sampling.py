@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from hispec.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from hispec.picker import Picker
@@ -149,6 +150,7 @@ class Sampling:
         eos: Collection[int] = (),
         min_new_tokens: int = 0,
         max_new_tokens: int | None = None,
+        device: torch.device | str = "cpu",
     ) -> Picker:
         """Returns the picker of one text.
 
@@ -158,6 +160,7 @@ class Sampling:
             eos: ids that end the text.
             min_new_tokens: no id of ``eos`` is picked before this many tokens.
             max_new_tokens: where ``forced_eos_token_id`` acts.
+            device: where the logits will be.
 
         Raises:
             UsageError: a token id is not in the vocabulary.
@@ -165,7 +168,8 @@ class Sampling:
         from hispec.picker import Picker  # torch: what only checks settings does without
         from hispec.processors import build
 
-        rules = build(self, prompt_length, vocab_size, tuple(eos), min_new_tokens, max_new_tokens)
+        lengths = min_new_tokens, max_new_tokens
+        rules = build(self, prompt_length, vocab_size, tuple(eos), *lengths, device)
         seed = None if self.greedy else self.seed or 0
         return Picker(seed, self.temperature or 1.0, rules, vocab_size)
 

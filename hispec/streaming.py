@@ -170,7 +170,8 @@ class Stream:
         """Returns the name of the first criterion that ends the text; asks every one of them."""
         length = len(self._ids) + self.result.num_tokens
         if self._text is None:
-            self._text = torch.tensor([self._ids + [0] * self._ends.limit])
+            device = self._lm.model.device
+            self._text = torch.tensor([self._ids + [0] * self._ends.limit], device=device)
         self._text[0, length - 1] = token
         ids = self._text[:, :length]  # (1, S)
         scores = tuple(row[None] for row in self.result.scores) or None

@@ -31,6 +31,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,13 +105,14 @@ class Bench:
             return list(make())
         except UsageError:
             raise
-        except (RuntimeError, HispecError) as error:  # the rest may well run
+        except Exception as error:  # Triton's are of kinds of their own; the rest may well run
             full = isinstance(error, RuntimeError) and out_of_memory(error)
             why = (str(error).splitlines() or [type(error).__name__])[0]
             advice = ": leave it out (--shapes), or lower --limit" if full else ""
             return [{**what, "right": False, "why": why + advice}]
         finally:
-            torch.cuda.empty_cache()
+            with suppress(RuntimeError):  # said again by a device that has failed
+                torch.cuda.empty_cache()
 
     def write(self, row: Row) -> None:
         """Appends a row to --out."""
@@ -146,7 +148,8 @@ def kernels(bench: Bench) -> Iterator[Row]:
     if why := gpu.why_not(bench.device):
         print(f"kernels: left out, {why}", file=sys.stderr)
         return
-    dtype = torch.float32 if bench.args.tiny else bench.dtype  # bf16 is wrong in the interpreter
+    interpreted = bench.device.type == "cpu"  # where bf16 is wrong
+    dtype = torch.float32 if interpreted else bench.dtype
     for name, width in itertools.product(bench.shapes(), (3,) if bench.args.tiny else WIDTHS):
         context = 130 if bench.args.tiny else 1024
         config = gpu_shapes.shape(name, context + 64)

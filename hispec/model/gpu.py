@@ -102,6 +102,11 @@ class GpuPasses(Embedding, Parts):
         self._count = torch.ones(1, dtype=torch.int32, device=device)
         self._counted = 1
 
+    @property
+    def prepared(self) -> int:
+        """See :class:`~hispec.model.passes.Passes`."""
+        return self.graphs.prepared
+
     # ------------------------------------------------------------------ blocks
 
     def run(
@@ -177,8 +182,11 @@ class GpuPasses(Embedding, Parts):
         """See :class:`~hispec.model.passes.Passes`; each target lies below its source, in order."""
         from hispec_kernels.gpu.compact import compact
 
-        moves = upload(np.array([[len(sources)] * len(sources), sources, targets]), self._device)
-        compact(kv.storage, moves[1], moves[2], moves[0])
+        count = len(sources)
+        moves = np.zeros((3, MAX_WIDTH), np.int64)  # rows lie alike however many slots move
+        moves[0, 0], moves[1, :count], moves[2, :count] = count, sources, targets
+        told = upload(moves, self._device)
+        compact(kv.storage, told[1], told[2], told[0])
 
     # ------------------------------------------------------------------ products
 

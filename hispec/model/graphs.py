@@ -44,10 +44,12 @@ class Graphs:
 
     Attributes:
         on: whether work is captured.
+        prepared: runs that also built kernels or captured a graph, and took their time.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.on = device.type == "cuda" and os.environ.get("HISPEC_GRAPHS", "1") != "0"
+        self.prepared = 0
         self._pool: Any = None
         self._mark: Callable[[], object] | None = None
 
@@ -71,6 +73,7 @@ class Graphs:
         if self._mark:
             self._mark()
         graph = known.get(key) if self.on else None
+        self.prepared += self.on and graph is None
         if self.on and graph is None and key in known:
             graph = known[key] = self._capture(work)
         if graph is None:

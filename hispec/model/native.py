@@ -75,6 +75,7 @@ class NativePasses:
     state_dtype = torch.float32
     min_width = 1
     asynchronous = False
+    prepared = 0
 
     def __init__(
         self, config: ModelConfig, rotary: Rotary, dtype: torch.dtype, library: ctypes.CDLL

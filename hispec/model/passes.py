@@ -106,6 +106,11 @@ class Passes(Protocol):
     min_width: int
     asynchronous: bool
 
+    @property
+    def prepared(self) -> int:
+        """How often a call has first built what later ones find."""
+        ...
+
     def run(
         self,
         blocks: Sequence[Block],

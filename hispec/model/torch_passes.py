@@ -60,6 +60,7 @@ class TorchPasses(Embedding):
     """
 
     name = "torch"
+    prepared = 0
 
     def __init__(
         self,

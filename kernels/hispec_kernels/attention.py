@@ -21,8 +21,11 @@ branch must lie in order, where plain decoding would have it.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROWS = 8
 BUCKET = 512
@@ -44,6 +47,14 @@ def decode_attention(
     Returns:
         (H_kv, R, D_h).
     """
-    return F.scaled_dot_product_attention(
-        queries[None], keys[None], values[None], attn_mask=mask, scale=scale
-    )[0]
+    with _unplanned() if queries.is_cuda else nullcontext():
+        return F.scaled_dot_product_attention(
+            queries[None], keys[None], values[None], attn_mask=mask, scale=scale
+        )[0]
+
+
+def _unplanned() -> AbstractContextManager[object]:
+    """Leaves out cuDNN's, torch's first choice on Hopper, which plans for each prompt's length."""
+    return sdpa_kernel(
+        [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    )

@@ -5,15 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from helpers.interpreter import exact_dots
+from helpers.interpreter import exact_arithmetic
 from hispec.model.nodes import Nodes
 from hispec_kernels.gpu import plan as plan_layout
 
-exact_dots()
+exact_arithmetic()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-if DEVICE.type == "cuda":
-    DTYPES["bf16"] = torch.bfloat16
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 #: Relative to the largest value.
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 POISON = float("nan")

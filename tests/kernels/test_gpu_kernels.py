@@ -1,7 +1,7 @@
 """The Triton kernels against their references in fp64, in the interpreter where there is no GPU.
 
 Outputs are poisoned before every call: what a kernel leaves unwritten shows, and what it writes
-outside of its rows too. bf16 arithmetic is wrong in the interpreter, so it is tried on GPUs alone.
+outside of its rows too.
 """
 
 from __future__ import annotations

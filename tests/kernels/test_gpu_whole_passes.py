@@ -117,7 +117,8 @@ def check_heads(
 
         return mock.patch.object(head, "_whole", mock.Mock(best=best))
 
-    wanted = answer(lm, chain(), sampling=sampling, **options)
+    with passes.graphs.kernel_by_kernel():
+        wanted = answer(lm, chain(), sampling=sampling, **options)
     with ExitStack() as stack:
         captured = stack.enter_context(replaying())
         stack.enter_context(mock.patch.object(passes.graphs, "on", True))

@@ -55,11 +55,13 @@ def taken(device: torch.device) -> bool:
         return False
     if torch.cuda.get_device_capability(device) < CAPABILITY:
         return False
+    stream = torch.cuda.current_stream(device)
     try:
         return _tried(device)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # an older driver or Triton, each in its own way
+        torch.cuda.set_stream(stream)  # torch leaves its own where ending a capture fails
         return False
 
 
