@@ -267,7 +267,7 @@ def compare(
     clear = torch.cuda.reset_peak_memory_stats if cuda else lambda: None
     asked = len(questions)
     for row in gpu_methods.compare(lm, methods, questions, clear, memory, spent):
-        asked = row["prompts"]
+        asked = row.get("prompts", asked)
         named = {"model": model} if model else {}
         yield {"method": row.pop("method"), "dtype": dtype, **named, **row}
     if asked < len(questions):

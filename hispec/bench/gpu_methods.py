@@ -19,7 +19,7 @@ as idle: it is the most that the host may take. Not so a graph's launch, some te
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -36,6 +36,20 @@ WATCHED = 3
 WARMING = 0.6
 
 
+class Warm(NamedTuple):
+    """What is ready to be timed.
+
+    Attributes:
+        methods: all that can answer.
+        questions: all, unless most of the time was spent before.
+        failed: a row for each method that cannot.
+    """
+
+    methods: Sequence[Method]
+    questions: Sequence[Question]
+    failed: list[Row]
+
+
 def plain_on_fast(bench: Workbench) -> list[Method]:
     """Returns plain decoding on passes that are not exact, where no other row has them already."""
     model = bench.lm.model
@@ -49,25 +63,40 @@ def warm_up(
     questions: Sequence[Question],
     device: torch.device,
     spent: Callable[[], float] = lambda: 0.0,
-) -> Sequence[Question]:
+) -> Warm:
     """Lets everything be compiled and captured that answering these questions takes.
 
-    Others' methods compile nothing for a length, so they answer the longest question alone.
-
-    Returns:
-        The questions that are warm: all, unless most of the time is spent before.
+    Others' methods compile nothing for a length, so they answer the longest question alone. What
+    cannot answer here, all but the first, is left out: libraries fail, each in its own way.
     """
     longest = max(questions, key=lambda question: len(question.ids))
     again = [x for x in methods if device.type == "cuda" and isinstance(x, Engine)]
+    failed: dict[str, Row] = {}
+
+    def ask(method: Method, question: Question) -> None:
+        if method.name in failed:
+            return
+        try:
+            method(Question(question.ids, question.limit))
+        except Exception as error:
+            if method is methods[0]:
+                raise
+            right = False if isinstance(method, Engine) else None
+            why = (str(error).splitlines() or [type(error).__name__])[0]
+            failed[method.name] = {"method": method.name, "right": right, "why": why}
+
     for method in methods:
         if method not in again:
-            method(Question(longest.ids, longest.limit))
-    for number, question in enumerate(questions if again else (), 1):
+            ask(method, longest)
+    warm = 0 if again else len(questions)
+    while warm < len(questions):
         for method in [*again, *again]:
-            method(Question(question.ids, question.limit))
+            ask(method, questions[warm])
+        warm += 1
         if spent() > WARMING:
-            return questions[:number]
-    return questions
+            break
+    able = [method for method in methods if method.name not in failed]
+    return Warm(able, questions[:warm], list(failed.values()))
 
 
 def compare(
@@ -80,6 +109,8 @@ def compare(
 ) -> Iterator[Row]:
     """Yields a row a method: every question answered by each in turn, after a warm-up.
 
+    The row of one that cannot answer says why.
+
     Args:
         lm: the model.
         methods: plain decoding first.
@@ -89,7 +120,7 @@ def compare(
         spent: the share of the time there is; once it is over, no further question is asked.
     """
     model = lm.model
-    questions = warm_up(methods, questions, model.device, spent)
+    methods, questions, failed = warm_up(methods, questions, model.device, spent)
     totals = {method.name: _Total(method, model.narrow) for method in methods}
     for number, question in enumerate(questions):
         wanted: list[int] | None = None
@@ -105,6 +136,7 @@ def compare(
     plain = totals[methods[0].name].s_per_token
     for total in totals.values():
         yield total.row(plain)
+    yield from failed
 
 
 class _Total:

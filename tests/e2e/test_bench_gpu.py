@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from hispec_kernels import gpu
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -33,7 +35,7 @@ def test_every_stage_tiny(
     assert rows[0]["stage"] == "machine"
     assert rows[0]["copy_gb_per_s"] > 0 and rows[0]["commit"]
     stages = {stage: [row for row in rows if row["stage"] == stage] for stage in script.STAGES}
-    if importlib.util.find_spec("triton") is not None:
+    if not gpu.why_not(torch.device("cpu")):
         names = {row["kernel"] for row in stages["kernels"] if "kernel" in row}
         theirs = {row["peer"]: row for row in stages["kernels"] if "peer" in row}
         assert {"torch.mm qkv", "torch rms_norm", "torch sdpa"} <= set(theirs)

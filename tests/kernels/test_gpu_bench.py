@@ -96,6 +96,8 @@ def test_a_steps_kernels_and_the_rest_add_up() -> None:
 class Counted(Engine):
     """A method of ours that answers nothing."""
 
+    name = "ours"
+
     def __init__(self) -> None:
         self.asked: list[int] = []
 
@@ -104,23 +106,40 @@ class Counted(Engine):
         return Outcome()
 
 
+def at_once(methods: Any, questions: Any, *_: Any) -> gpu_methods.Warm:
+    return gpu_methods.Warm(methods, questions, [])
+
+
 def test_ours_warm_up_on_every_question_where_graphs_are() -> None:
     questions = [Question([1] * length, 3) for length in (2, 9, 4)]
     for device, wanted in (("cuda", [2, 2, 9, 9, 4, 4]), ("cpu", [9])):
         ours, theirs = Counted(), mock.Mock()
-        assert gpu_methods.warm_up([ours, theirs], questions, torch.device(device)) == questions
+        warm = gpu_methods.warm_up([ours, theirs], questions, torch.device(device))
+        assert warm == ([ours, theirs], questions, [])
         assert ours.asked == wanted
         assert [len(call.args[0].ids) for call in theirs.call_args_list] == [9]
     spent = iter((0.3, 0.7))
     warm = gpu_methods.warm_up([ours], questions, torch.device("cuda"), lambda: next(spent))
-    assert warm == questions[:2], "when most of the time is over the rest is left out"
+    assert warm.questions == questions[:2], "when most of the time is over the rest is left out"
+
+
+def test_a_method_that_cannot_answer_here_is_a_row(lm: LM) -> None:
+    _, (plain,) = engines(lm, {})
+    theirs = mock.Mock(side_effect=RuntimeError("no compiler\nat all"))
+    theirs.name = "hf-static"
+    rows = list(gpu_methods.compare(lm, [plain, theirs], [Question([3, 1, 4], 3)]))
+    assert [row["method"] for row in rows] == ["ar", "hf-static"] and rows[0]["tokens"] == 2
+    assert rows[1] == {"method": "hf-static", "right": None, "why": "no compiler"}
+    plain, theirs = mock.Mock(side_effect=ValueError("broken")), plain
+    with pytest.raises(ValueError, match="broken"):
+        list(gpu_methods.compare(lm, [plain, theirs], [Question([3, 1, 4], 3)]))
 
 
 def test_no_question_is_asked_when_time_is_over(lm: LM) -> None:
     _, methods = engines(lm, {})
     questions = [Question([3, 1, 4], 3), Question([1, 5], 3), Question([9, 2], 3)]
     spent, peaks = iter((0.5, 1.1)), iter((5 << 30, 3 << 30))
-    with mock.patch.object(gpu_methods, "warm_up", lambda _, asked, *rest: asked):
+    with mock.patch.object(gpu_methods, "warm_up", at_once):
         rows = gpu_methods.compare(
             lm, methods, questions, memory=lambda: next(peaks), spent=lambda: next(spent)
         )
@@ -168,7 +187,7 @@ def test_what_is_captured_under_the_clock_is_counted(
     questions = [Question(list(range(3, 9)), 4)]
     monkeypatch.setattr(gpu_methods, "WATCHED", 0)
     with mock.patch.object(passes.graphs, "on", True), replaying():
-        with mock.patch.object(gpu_methods, "warm_up", lambda _, asked, *rest: asked):
+        with mock.patch.object(gpu_methods, "warm_up", at_once):
             (cold,) = gpu_methods.compare(lm, methods, questions)
         (warm,) = gpu_methods.compare(lm, methods, questions)
     passes._of_heads.clear()
