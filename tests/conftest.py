@@ -11,11 +11,16 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 
+from hispec.model.store import cache_dir
+
+if os.environ.get("HISPEC_VIRTUAL_GPU"):
+    from helpers import virtual_gpu
+
+    virtual_gpu.install(cache_dir() / "native")
+
 import pytest
 import torch
 from helpers.tiny_llama import save_tiny_llama
-
-from hispec.model.store import cache_dir
 
 if not torch.cuda.is_available():  # read when a kernel is defined, so before any is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
