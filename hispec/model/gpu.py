@@ -34,7 +34,12 @@ from hispec.model.graphs import Step
 from hispec.model.linear import Linear
 from hispec.model.nodes import MAX_WIDTH, Nodes
 from hispec.model.passes import Asked, Embedding, Lift, Rotary, Words
+from hispec.model.torch_passes import TorchPasses
 from hispec_kernels import gpu
+
+#: How far a block's states may be from those that torch finds, relative to the largest; torch's
+#: are rounded after every operation.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def gpu_passes(
@@ -67,12 +72,12 @@ def gpu_passes(
         return None, why
     passes = GpuPasses(config, rotary, dtype, device)
     try:
-        passes.probe(block, head)
+        wrong = passes.probe(block, head)
     except Exception as error:  # no compiler, too little shared memory, …
         if isinstance(error, RuntimeError) and out_of_memory(error):
             raise
         return None, gpu.no_build(error)
-    return passes, ""
+    return (None, wrong) if wrong else (passes, "")
 
 
 class GpuPasses(Embedding, Parts):
@@ -130,15 +135,16 @@ class GpuPasses(Embedding, Parts):
         message = self.message()
         self.perform(message, [self.lifting(message, lift)], lift.kv)
 
-    def probe(self, block: Block, head: Linear) -> None:
-        """Builds the kernels and runs them once: one row of zeros, a tree, two tiles, a head."""
+    def probe(self, block: Block, head: Linear) -> str:
+        """Builds the kernels and runs them: one row, a tree, two tiles of rows, a head.
+
+        Returns:
+            What is wrong with their results; empty as a rule.
+        """
         config = self._config
         kv = KVCache(1, config.num_kv_heads, config.head_dim, 512, self._dtype, self._device)
-        nodes = Nodes.line(0, 2)
-        nodes.append(0)
-        self.run([block], self._x[:1], 0, kv, 0)
-        self.run([block], self._x[:3], 0, kv, 0, nodes)
-        self.run([block], self._x[:17], 0, kv, 0)
+        if wrong := self._compare(block, kv):
+            return wrong
         states = torch.zeros(2, config.hidden_size, device=self._device)
         self.lift(Lift([block], states, [(1, states)], 0, 1, kv, 0))
         self.lift(Lift([block], Words(block.qkv, [0]), [(0, states)], 0, 1, kv, 0))
@@ -150,6 +156,31 @@ class GpuPasses(Embedding, Parts):
             self.best(head, states, norm, Asked(1, 1.0, seed, [0, 0]), None)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        return ""
+
+    def _compare(self, block: Block, kv: KVCache) -> str:
+        """Returns what is wrong with a block's states behind a past of two splits.
+
+        A compiler, a driver or a GPU that nobody has tried yet must not be told by its texts.
+        """
+        config, past = self._config, 130
+        plain = TorchPasses(config, self._rotary, self._dtype, self._device, exact=False)
+        draw = torch.Generator().manual_seed(0)
+        rows = torch.randn(17, config.hidden_size, generator=draw).to(self._device)
+        shape = kv.storage[..., :past, :].shape
+        kv.storage[..., :past, :] = torch.randn(shape, generator=draw).to(self._device)
+        tree = Nodes.line(past, 2)
+        tree.append(0)
+        for x, nodes in ((rows[:1], None), (rows[:3], tree), (rows, None)):
+            wanted = plain.run([block], x.to(self._dtype), past, kv, 0, nodes).float()
+            first = self.run([block], x, past, kv, 0, nodes)
+            error = (first - wanted).abs().max() / wanted.abs().max()
+            if wanted.isfinite().all() and not error <= TOLERANCE[self._dtype]:
+                return f"the kernels' results are not torch's here: {float(error):.1g} off"
+            again = [self.run([block], x, past, kv, 0, nodes) for _ in range(2 * self.graphs.on)]
+            if not all(torch.equal(first, found) for found in again):
+                return "CUDA graphs give other results here than the kernels in them"
+        return ""
 
     def _probe_heads(self, kv: KVCache, states: Tensor) -> None:
         """What trained heads need besides."""

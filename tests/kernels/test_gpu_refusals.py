@@ -98,6 +98,33 @@ def test_a_build_that_fails_is_a_reason(fp32: Llama, monkeypatch: pytest.MonkeyP
     assert passes is None and "head sizes up to 128" in why
 
 
+@torch.inference_mode()
+def test_kernels_that_are_wrong_here_are_not_used(
+    fp32: Llama, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = fp32.rotary, torch.float32, DEVICE, fp32.blocks[0], fp32.head
+    attend = attention.decode_attention
+
+    def shifted(*arguments: Any, **options: Any) -> None:
+        attend(*arguments, **options)
+        mixed = arguments[5]
+        mixed[0] *= 1.1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "decode_attention", shifted)
+        passes, why = gpu_passes(CONFIG, *what)
+    assert passes is None and "the kernels' results are not torch's here" in why
+
+    def stale(self: Any, work: Any) -> Any:
+        return mock.Mock(replay=lambda: None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Graphs, "_capture", stale)
+        patch.setattr(Graphs, "on", property(lambda self: True, lambda self, on: None), False)
+        passes, why = gpu_passes(CONFIG, *what)
+    assert passes is None and "CUDA graphs give other results here" in why
+
+
 def test_a_model_without_kernels_runs_and_says_so_once(
     fp32: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
