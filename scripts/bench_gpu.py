@@ -148,8 +148,7 @@ def kernels(bench: Bench) -> Iterator[Row]:
     if why := gpu.why_not(bench.device):
         print(f"kernels: left out, {why}", file=sys.stderr)
         return
-    interpreted = bench.device.type == "cpu"  # where bf16 is wrong
-    dtype = torch.float32 if interpreted else bench.dtype
+    dtype = _real(bench)
     for name, width in itertools.product(bench.shapes(), (3,) if bench.args.tiny else WIDTHS):
         context = 130 if bench.args.tiny else 1024
         config = gpu_shapes.shape(name, context + 64)
@@ -210,6 +209,7 @@ def _curve(bench: Bench, name: str) -> list[Row]:
 
 
 def _real(bench: Bench) -> torch.dtype:
+    """The dtype asked for; small shapes may run in the interpreter, where bf16 is wrong."""
     return torch.float32 if bench.args.tiny else bench.dtype
 
 

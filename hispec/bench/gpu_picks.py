@@ -143,7 +143,8 @@ class Picks(Cases):
             lambda: cells[..., at - 1 :, :],
             wanted,
             2 * len(kept) * (cells.nbytes // (at + n)),
-            True,
+            exact=True,
+            held=cells.nbytes,
         )
 
     def all(self) -> Iterator[tuple[str, Callable[[], Trial]]]:

@@ -30,16 +30,16 @@ from hispec.model.cache import KVCache
 from hispec.model.config import ModelConfig
 from hispec.model.device import out_of_memory, upload
 from hispec.model.gpu_parts import Parts
-from hispec.model.graphs import Step
+from hispec.model.graphs import Graphs, Step
 from hispec.model.linear import Linear
 from hispec.model.nodes import MAX_WIDTH, Nodes
 from hispec.model.passes import Asked, Embedding, Lift, Rotary, Words
 from hispec.model.torch_passes import TorchPasses
 from hispec_kernels import gpu
 
-#: How far a block's states may be from those that torch finds, relative to the largest; torch's
-#: are rounded after every operation.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+#: How far a row's states after a block may be from those that torch finds, relative to their size.
+#: Torch's are rounded after every operation, and in fp32 multiplied in TF32 where that is allowed.
+TOLERANCE = {torch.float32: 1e-2, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 def gpu_passes(
@@ -156,6 +156,7 @@ class GpuPasses(Embedding, Parts):
             self.best(head, states, norm, Asked(1, 1.0, seed, [0, 0]), None)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        self.graphs = Graphs(self._device)  # with a pool of its own: these graphs are gone
         return ""
 
     def _compare(self, block: Block, kv: KVCache) -> str:
@@ -165,8 +166,13 @@ class GpuPasses(Embedding, Parts):
         """
         config, past = self._config, 130
         plain = TorchPasses(config, self._rotary, self._dtype, self._device, exact=False)
+        # Large biases make scores in which either's rounding decides.
+        qkv = Linear(block.qkv.weight)
+        parts = qkv, block.output, block.mlp_norm, block.gate_up, block.down
+        block = Block(block.attention_norm, *parts)
         draw = torch.Generator().manual_seed(0)
-        rows = torch.randn(17, config.hidden_size, generator=draw).to(self._device)
+        # Small, so that the states after the block are what it has added.
+        rows = 0.02 * torch.randn(17, config.hidden_size, generator=draw).to(self._device)
         shape = kv.storage[..., :past, :].shape
         kv.storage[..., :past, :] = torch.randn(shape, generator=draw).to(self._device)
         tree = Nodes.line(past, 2)
@@ -174,11 +180,12 @@ class GpuPasses(Embedding, Parts):
         for x, nodes in ((rows[:1], None), (rows[:3], tree), (rows, None)):
             wanted = plain.run([block], x.to(self._dtype), past, kv, 0, nodes).float()
             first = self.run([block], x, past, kv, 0, nodes)
-            error = (first - wanted).abs().max() / wanted.abs().max()
+            error = ((first - wanted).norm(dim=1) / wanted.norm(dim=1)).max()
             if wanted.isfinite().all() and not error <= TOLERANCE[self._dtype]:
                 return f"the kernels' results are not torch's here: {float(error):.1g} off"
+            bits = first.view(torch.int32)
             again = [self.run([block], x, past, kv, 0, nodes) for _ in range(2 * self.graphs.on)]
-            if not all(torch.equal(first, found) for found in again):
+            if not all(torch.equal(bits, found.view(torch.int32)) for found in again):
                 return "CUDA graphs give other results here than the kernels in them"
         return ""
 

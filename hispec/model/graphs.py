@@ -44,7 +44,8 @@ class Graphs:
 
     Attributes:
         on: whether work is captured.
-        prepared: runs that also built kernels or captured a graph, and took their time.
+        prepared: runs that also built kernels or captured a graph, and took their time; counted
+            while work is captured.
     """
 
     def __init__(self, device: torch.device) -> None:

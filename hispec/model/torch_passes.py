@@ -77,6 +77,8 @@ class TorchPasses(Embedding):
         self.exact = exact
         self.min_width = 1
         self.asynchronous = device.type != "cpu"
+        #: Tells what was found by trying from what was found before on other attention.
+        self.build = "" if device.type == "cpu" else "no cuDNN"
         self.state_dtype = dtype
         self.scale = 1.0 / math.sqrt(config.head_dim)
         self.group = config.num_heads // config.num_kv_heads

@@ -8,12 +8,12 @@ import numpy as np
 
 
 def exact_arithmetic() -> None:
-    """After the call the interpreter's products and its bf16 are a GPU's.
+    """After the call the interpreter multiplies and casts as a GPU does.
 
     A GPU's instructions treat all rows of a tile alike. numpy's BLAS does not: the last rows of 16
     go through another kernel. Summed in fp64 and rounded once, they agree. bf16, which numpy does
-    not have, lies in 16-bit words that the interpreter multiplies as they are, and rounds towards
-    zero.
+    not have, lies in 16-bit words that the interpreter multiplies as they are, and casts round
+    towards zero. (It also adds and compares bf16 as words; our kernels do neither.)
     """
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle

@@ -13,7 +13,9 @@ import torch
 from helpers.gpu_llama import (
     CONFIG,
     DEVICE,
+    DTYPES,
     open_gpu_lm,
+    random_llama,
     random_rows,
     run,
 )
@@ -29,7 +31,7 @@ from hispec.model.llama import Llama
 from hispec.model.ready import without_kernels
 from hispec.streaming import ADVICE
 from hispec_kernels import gpu
-from hispec_kernels.gpu import attention, compact, exit_head, noise
+from hispec_kernels.gpu import attention, compact, exit_head, noise, products, rope
 
 
 @pytest.mark.parametrize(
@@ -99,21 +101,34 @@ def test_a_build_that_fails_is_a_reason(fp32: Llama, monkeypatch: pytest.MonkeyP
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 def test_kernels_that_are_wrong_here_are_not_used(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = random_llama(dtype)
+    what = model.rotary, dtype, DEVICE, model.blocks[0], model.head
+    for kernels, name, written in (
+        (attention, "decode_attention", 5),
+        (products, "gated_product", 3),
+        (rope, "rope_write", 5),
+    ):
+        right = getattr(kernels, name)
+
+        def wrong(*arguments: Any, right: Any = right, written: int = written, **kw: Any) -> None:
+            right(*arguments, **kw)
+            arguments[written].zero_()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(kernels, name, wrong)
+            passes, why = gpu_passes(CONFIG, *what)
+        assert passes is None and "the kernels' results are not torch's here" in why, name
+
+
+@torch.inference_mode()
+def test_graphs_that_are_wrong_here_are_not_used(
     fp32: Llama, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     what = fp32.rotary, torch.float32, DEVICE, fp32.blocks[0], fp32.head
-    attend = attention.decode_attention
-
-    def shifted(*arguments: Any, **options: Any) -> None:
-        attend(*arguments, **options)
-        mixed = arguments[5]
-        mixed[0] *= 1.1
-
-    with monkeypatch.context() as patch:
-        patch.setattr(attention, "decode_attention", shifted)
-        passes, why = gpu_passes(CONFIG, *what)
-    assert passes is None and "the kernels' results are not torch's here" in why
 
     def stale(self: Any, work: Any) -> Any:
         return mock.Mock(replay=lambda: None)

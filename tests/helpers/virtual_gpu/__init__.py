@@ -14,8 +14,10 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -30,11 +32,24 @@ SOURCE = Path(__file__).with_name("device.cpp")
 
 def why_not() -> str:
     """Returns why there is none here; empty if there can be one."""
+    if platform.system() != "Linux":
+        return "it is built for Linux"
     if shutil.which("c++") is None:
         return "no C++ compiler"
-    import torch
+    if importlib.util.find_spec("triton") is None:
+        return "no Triton, whose interpreter runs its kernels"
+    if not (_torch() / "lib" / "libtorch_cpu.so").exists():
+        return "torch's libraries are not where they should be"
+    if any((_torch() / "lib" / f"libtorch_{kind}.so").exists() for kind in ("cuda", "hip")):
+        return "this torch knows real GPUs"
+    return ""
 
-    return "there is a real one" if torch.version.cuda else ""
+
+def _torch() -> Path:
+    """Returns torch's folder, without importing it."""
+    spec = importlib.util.find_spec("torch")
+    assert spec and spec.origin, "torch is installed"
+    return Path(spec.origin).parent
 
 
 def install(cache: Path) -> None:
@@ -43,10 +58,11 @@ def install(cache: Path) -> None:
     Args:
         cache: a folder that keeps the compiled device.
     """
+    if why := why_not():
+        raise RuntimeError(f"no virtual GPU here: {why}")
+    assert "torch" not in sys.modules, "torch looks for a GPU once, when it is imported"
     os.environ["TRITON_INTERPRET"] = "1"
-    spec = importlib.util.find_spec("torch")
-    assert spec and spec.origin, "torch is installed"
-    root = Path(spec.origin).parent
+    root = _torch()
     for name in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so"):
         ctypes.CDLL(str(root / "lib" / name), ctypes.RTLD_GLOBAL)
     # Before torch looks for one, which it does once.
