@@ -16,7 +16,7 @@ from hispec.model.store import cache_dir
 if os.environ.get("HISPEC_VIRTUAL_GPU"):
     from helpers import virtual_gpu
 
-    virtual_gpu.install(cache_dir() / "native")
+    virtual_gpu.install(cache_dir() / "virtual-gpu")
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def _own_cache() -> None:
     taught must not help them, nor theirs the user. What is slow to build is the user's."""
     home = tempfile.TemporaryDirectory(prefix="hispec-tests-")
     atexit.register(home.cleanup)
-    for name in ("native", "converted", "digests", "wheels"):
+    for name in ("native", "converted", "digests", "wheels", "virtual-gpu"):
         (cache_dir() / name).mkdir(parents=True, exist_ok=True)
         (Path(home.name) / name).symlink_to(cache_dir() / name)
     os.environ["HISPEC_HOME"] = home.name

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from helpers.virtual_gpu import NAME
 
 import hispec
 from hispec.cli import main
+from hispec.engine import Decoder
 from hispec.generation import LM
 from hispec.hierarchy import Hierarchy, Level
 from hispec.model import numerics
@@ -72,6 +74,24 @@ def test_tokens_are_the_hosts(lm: LM, folder: Path, hierarchy: Hierarchy) -> Non
     host = hispec.load(folder, device="cpu", dtype="fp32")
     host.eos = frozenset()
     assert answer(lm, hierarchy) == answer(host, Hierarchy())
+
+
+@pytest.mark.skipif(torch.cuda.get_device_name() != NAME, reason="CUDA does not count")
+@pytest.mark.parametrize(
+    ("name", "most"), [("plain", 1), ("databases", 1), ("chain", 1), ("ranked", 2)]
+)
+def test_the_host_waits_for_the_device_once_a_round(lm: LM, name: str, most: int) -> None:
+    waits, run = list[int](), Decoder.round
+
+    def counted(decoder: Decoder, limit: int) -> list[int]:
+        before = torch.ops.virtual_gpu.waited()
+        committed = run(decoder, limit)
+        waits.append(torch.ops.virtual_gpu.waited() - before)
+        return committed
+
+    with mock.patch.object(Decoder, "round", counted):
+        answer(lm, DRAFTED.get(name, Hierarchy()))
+    assert waits and min(waits) >= 1 and max(waits) <= most
 
 
 class _Even:
